@@ -42,7 +42,17 @@ def repeat_kv(
     """Repeat each key-value head for the query heads of its group: Ainslie et al. (2023), figure 2."""
     return x.repeat_interleave(times, dim=-3)
 
-# %% ../../nbs/attention/13_heads.ipynb #05684ba5
+# %% ../../nbs/attention/13_heads.ipynb #8a6d81b9
+def _check(x: Tensor, context: Tensor, mask: Tensor | None, width: int) -> None:
+    "Refuse tokens of another shape or width, and masks that do not name their dimensions."
+    for name, t in (("x", x), ("context", context)):
+        if t.ndim != 3 or t.shape[-1] != width or len(t) != len(x):
+            raise ValueError(f"expected {name} ({len(x)}, tokens, {width}), got {tuple(t.shape)}: project it to the width, or add the batch")
+    if mask is not None and tuple(mask.shape) != (x.shape[1], context.shape[1]) and mask.ndim != 4:
+        raise ValueError(f"expected a mask (T, S) = {(x.shape[1], context.shape[1])} or of 4 dimensions, got {tuple(mask.shape)}: "
+                         "padding (B, S) goes in as mask[:, None, None, :]")
+
+# %% ../../nbs/attention/13_heads.ipynb #c4ad5e00
 class MultiHead(nn.Module):
     """Multi-head (Vaswani et al., 2017, section 3.2.2), grouped-query (Ainslie et al., 2023) or multi-query attention (Shazeer, 2019)."""
     def __init__(
@@ -67,19 +77,10 @@ class MultiHead(nn.Module):
         """Attend from each token of `x` to the tokens of `context`, in every head."""
         context = x if context is None else context
         _check(x, context, mask, self.width)
-        q, k, v = split_heads(self.query(x), self.heads), *(split_heads(f(context), self.kv_heads) for f in (self.key, self.value))
-        z, weights = attention(q, *(repeat_kv(t, self.heads // self.kv_heads) for t in (k, v)), mask)
+        q = split_heads(self.query(x), self.heads)
+        k, v = (repeat_kv(split_heads(f(context), self.kv_heads), self.heads // self.kv_heads) for f in (self.key, self.value))
+        z, weights = attention(q, k, v, mask)
         return self.out(merge_heads(z)), weights
-
-# %% ../../nbs/attention/13_heads.ipynb #8a6d81b9
-def _check(x: Tensor, context: Tensor, mask: Tensor | None, width: int) -> None:
-    "Refuse tokens of another shape or width, and masks that do not name their dimensions."
-    for name, t in (("x", x), ("context", context)):
-        if t.ndim != 3 or t.shape[-1] != width or len(t) != len(x):
-            raise ValueError(f"expected {name} ({len(x)}, tokens, {width}), got {tuple(t.shape)}: project it to the width, or add the batch")
-    if mask is not None and tuple(mask.shape) != (x.shape[1], context.shape[1]) and mask.ndim != 4:
-        raise ValueError(f"expected a mask (T, S) = {(x.shape[1], context.shape[1])} or of 4 dimensions, got {tuple(mask.shape)}: "
-                         "padding (B, S) goes in as mask[:, None, None, :]")
 
 # %% ../../nbs/attention/13_heads.ipynb #05d68e58
 def _with(state: dict[str, Tensor], heads: int) -> MultiHead:

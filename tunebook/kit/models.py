@@ -12,7 +12,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from .ladder import Missing, Rung, climb, hub_snapshot, sha256, verify
+from .ladder import Missing, Rung, climb, hub_peek, hub_snapshot, sha256, verify
 from .ledger import used
 
 # %% ../../nbs/kit/04_models.ipynb #484ad73e
@@ -54,7 +54,7 @@ def rungs(
         near = difflib.get_close_matches(name, CATALOGUE, n=1, cutoff=0.4)
         raise ValueError(f"no model is called {name!r}{f'; did you mean {near[0]!r}?' if near else ''} Known: {', '.join(CATALOGUE)}")
     b = CATALOGUE[name]
-    return [Rung("pip package", lambda: _package(b)), Rung("hub", lambda: _folder(hub_snapshot(b.hub, FILES), b.sha256))]
+    return [Rung("pip package", lambda: _package(b)), Rung("hub", lambda: _folder(hub_snapshot(b.hub, FILES), b.sha256), peek=hub_peek)]
 
 # %% ../../nbs/kit/04_models.ipynb #cb3b19a7
 def locate(

@@ -7,7 +7,6 @@ __all__ = ['STYLE', 'page', 'math', 'render_notebook', 'verdict', 'summary', 're
 
 # %% ../../nbs/kit/07_report.ipynb #68d8f54d
 import html
-import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -80,7 +79,8 @@ def render_notebook(
 # %% ../../nbs/kit/07_report.ipynb #8535bd35
 def _row(*cells: Any, tag: str = "td") -> str:
     "A table row; text is escaped, a pair (html, class) is not."
-    def one(c: Any) -> str: return f'<{tag} class="{c[1]}">{c[0]}</{tag}>' if isinstance(c, tuple) else f"<{tag}>{html.escape(str(c))}</{tag}>"
+    def one(c: Any) -> str:
+        return f'<{tag} class="{c[1]}">{c[0]}</{tag}>' if isinstance(c, tuple) else f"<{tag}>{html.escape(str(c))}</{tag}>"
     return f"<tr>{''.join(map(one, cells))}</tr>"
 
 def _table(head: Iterable[str], rows: Iterable[str]) -> str:
@@ -93,7 +93,7 @@ def verdict(
     """What was measured against what the text says, in a few words."""
     def short(v: Any) -> str: return f"{v:.4g}" if isinstance(v, float) else str(v)
     if "problem" in claim: return claim["problem"]
-    if claim["kind"] == "exact": return short(claim["value"]) if claim["ok"] else f"{short(claim['value'])}, expected {short(claim['expected'])}"
+    if claim["kind"] == "exact": return short(claim["value"]) + ("" if claim["ok"] else f", expected {short(claim['expected'])}")
     if claim["kind"] == "numeric": return f"off by {claim['error']:.1e}, bound {claim['bound']:.1e}"
     return f"{claim['mean']:.4g} in [{claim['low']:.4g}, {claim['high']:.4g}] over {claim['n']} seeds, expected {short(claim['expected'])}"
 
@@ -104,9 +104,10 @@ def _mark(ok: bool) -> tuple[str, str]:
 
 def _chapter_rows(results: list[dict[str, Any]]) -> Iterable[str]:
     for r in results:
-        link = f'<a href="{html.escape(r["name"])}.html">{html.escape(r["name"])}</a>' if r["cells"] else html.escape(r["name"])
-        held = f"{sum(c['ok'] for c in r['claims'])} / {len(r['claims'])}"
-        yield _row((link, ""), _mark(r["status"] == "passed"), (held, "n"), (f"{r['seconds'] or 0:.1f}", "n"), (f"{r['peak_mb'] or 0:.0f}", "n"))
+        name, held = html.escape(r["name"]), f"{sum(c['ok'] for c in r['claims'])} / {len(r['claims'])}"
+        link = f'<a href="{name}.html">{name}</a>' if r["cells"] else name
+        cost = ((f"{v or 0:.{digits}f}", "n") for v, digits in ((r["seconds"], 1), (r["peak_mb"], 0)))
+        yield _row((link, ""), _mark(r["status"] == "passed"), (held, "n"), *cost)
 
 def _claim_rows(results: list[dict[str, Any]]) -> Iterable[str]:
     for r in results:
@@ -137,7 +138,8 @@ def render_report(
              f"<h2>Drifted from the recorded run</h2><ul class=bad>{drifted}</ul>" if drifted else "",
              "<h2>Chapters</h2>", _table(("chapter", "status", "claims", "seconds", "peak MB"), _chapter_rows(results)),
              "<h2>Claims</h2>", _table(("chapter", "status", "claim", "class", "measured", "why"), _claim_rows(results)),
-             "<h2>Machine</h2>", _table(("what", "value"), (_row(*line.split(": absent -> ", 1)) for line in environment_changes({}, machine)))]
+             "<h2>Machine</h2>",
+             _table(("what", "value"), (_row(*line.split(": absent -> ", 1)) for line in environment_changes({}, machine)))]
     return page("Tunebook report", "".join(parts))
 
 # %% ../../nbs/kit/07_report.ipynb #4f840555

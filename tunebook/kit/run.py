@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['KERNEL_ENV', 'PARTS', 'Spec', 'write_atomic', 'Failure', 'one_line', 'read_notebook', 'declared', 'check_parameters',
            'runnable', 'reset_peak', 'peak_mb', 'Trace', 'Engine', 'register_engine', 'diagnose', 'outputs_of',
-           'run_notebook', 'run_all', 'find_root', 'chapters']
+           'run_notebook', 'run_all', 'find_root', 'chapters', 'keep_outputs']
 
 # %% ../../nbs/kit/06_run.ipynb #b6ce6250
 import difflib
@@ -429,3 +429,19 @@ def chapters(
     paths = [p.relative_to(nbs) for p in nbs.rglob("*.ipynb")]
     names = [p.with_suffix("").as_posix() for p in paths if not any(part.startswith((".", "_")) for part in p.parts)]
     return sorted(names, key=lambda n: (PARTS.index(n.split("/")[0]) if n.split("/")[0] in PARTS else len(PARTS), n))
+
+# %% ../../nbs/kit/06_run.ipynb #3c710fae
+def keep_outputs(
+    source: str | Path,  # the notebook in nbs/
+    executed: str | Path,  # its executed copy
+) -> None:
+    """Write the outputs of a run into the source notebook, atomically; nothing else of it changes."""
+    import nbformat
+    nb = read_notebook(source)
+    outputs = {c["id"]: c.outputs for c in nbformat.read(executed, 4).cells if c.cell_type == "code"}
+    for c in nb.cells:
+        if c.cell_type != "code": continue
+        c.outputs, c.execution_count = outputs.get(c["id"], []), None
+        for o in c.outputs:
+            if "execution_count" in o: o["execution_count"] = None
+    write_atomic(source, nbformat.writes(nb) + "\n")
