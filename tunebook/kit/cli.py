@@ -74,14 +74,20 @@ def _told(result: dict[str, Any]) -> str:
     if result["failure"]: return f"✗ {one_line(result)}"
     return f"✓ {result['name']}: {held} claims, {result['seconds']:.1f} s"
 
+def _console() -> Any:
+    "A terminal, or plain text where there is none; a table is then as wide as it needs."
+    from rich.console import Console
+    console = Console(highlight=False, markup=False, soft_wrap=False, force_jupyter=False)
+    if not console.is_terminal: console.width = 200
+    return console
+
 @contextmanager
 def progress(
     total: int,  # notebooks
 ) -> Iterator[Callbacks]:  # (on_cell, on_done) for run_all
     """Progress of a run on the terminal."""
-    from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-    console = Console(highlight=False)
+    console = _console()
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as bars:
         suite, tasks = bars.add_task("chapters", total=total), {}
@@ -91,7 +97,7 @@ def progress(
         def on_done(result: dict[str, Any]) -> None:
             if result["name"] in tasks: bars.remove_task(tasks.pop(result["name"]))
             bars.advance(suite)
-            console.print(_told(result), markup=False, soft_wrap=True)
+            console.print(_told(result), soft_wrap=True)
         yield on_cell, on_done
 
 # %% ../../nbs/kit/08_cli.ipynb #33b6895c
@@ -117,14 +123,13 @@ def _now() -> str: return datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
 
 def _claims_table(results: list[dict[str, Any]]) -> None:
     "Every claim on the terminal."
-    from rich.console import Console
     from rich.table import Table
 
     from tunebook.kit.report import verdict
     table = Table("chapter", "", "claim", "class", "measured", title="Claims", title_justify="left", box=None)
     for r in results:
         for c in r["claims"]: table.add_row(r["name"], "✓" if c["ok"] else "✗", c["name"], c["kind"], verdict(c))
-    if table.row_count: Console(highlight=False, markup=False).print(table)
+    if table.row_count: _console().print(table)
 
 def _finish(results: list[dict[str, Any]], out: str | Path, drifts: dict[str, Any] | None = None) -> int:
     "Write the report, say how it went, and choose the exit status."
@@ -219,12 +224,11 @@ def catalogue(
 
 def cmd_list(args: argparse.Namespace) -> int:
     """Chapters, modules, recorded claims and time."""
-    from rich.console import Console
     from rich.table import Table
     table = Table("chapter", "title", "module", "claims", "seconds", box=None)
     for r in catalogue(_root()):
         table.add_row(r["name"], r["title"], r["module"], str(r["claims"]), f"{r['seconds']:.1f}" if r["seconds"] else "not recorded")
-    Console(highlight=False, markup=False).print(table)
+    _console().print(table)
     return 0
 
 # %% ../../nbs/kit/08_cli.ipynb #48fd9426

@@ -93,7 +93,9 @@ def verdict(
     """What was measured against what the text says, in a few words."""
     def short(v: Any) -> str: return f"{v:.4g}" if isinstance(v, float) else str(v)
     if "problem" in claim: return claim["problem"]
-    if claim["kind"] == "exact": return short(claim["value"]) + ("" if claim["ok"] else f", expected {short(claim['expected'])}")
+    if claim["kind"] == "exact":
+        extra = "".join(f", {k} {short(v)}" for k, v in claim.get("measured", {}).items())
+        return short(claim["value"]) + ("" if claim["ok"] else f", expected {short(claim['expected'])}") + extra
     if claim["kind"] == "numeric": return f"off by {claim['error']:.1e}, bound {claim['bound']:.1e}"
     return f"{claim['mean']:.4g} in [{claim['low']:.4g}, {claim['high']:.4g}] over {claim['n']} seeds, expected {short(claim['expected'])}"
 
@@ -111,9 +113,7 @@ def _chapter_rows(results: list[dict[str, Any]]) -> Iterable[str]:
 
 def _claim_rows(results: list[dict[str, Any]]) -> Iterable[str]:
     for r in results:
-        for c in r["claims"]:
-            numbers = "".join(f", {k} {v:.4g}" if isinstance(v, float) else f", {k} {v}" for k, v in c.get("measured", {}).items())
-            yield _row(r["name"], _mark(c["ok"]), c["name"], c["kind"], verdict(c) + numbers, c["why"])
+        for c in r["claims"]: yield _row(r["name"], _mark(c["ok"]), c["name"], c["kind"], verdict(c), c["why"])
 
 # %% ../../nbs/kit/07_report.ipynb #30b5ce15
 def summary(
