@@ -51,7 +51,7 @@ def _check(x: Tensor, context: Tensor, mask: Tensor | None, width: int) -> None:
     "Refuse tokens of another shape or width, and masks that do not name their dimensions."
     for name, t in (("x", x), ("context", context)):
         if t.ndim != 3 or t.shape[-1] != width or len(t) != len(x):
-            raise ValueError(f"expected {name} ({len(x)}, tokens, {width}), got {tuple(t.shape)}: project to the width, or add the batch")
+            raise ValueError(f"expected {name} ({len(x)}, tokens, {width}), got {tuple(t.shape)}: project or add the batch")
     pairs = x.shape[1], context.shape[1]
     if mask is not None and mask.shape != pairs and mask.ndim != 4:
         raise ValueError(f"expected a mask (T, S) = {pairs} or of 4 dimensions, got {tuple(mask.shape)}: "
@@ -59,7 +59,7 @@ def _check(x: Tensor, context: Tensor, mask: Tensor | None, width: int) -> None:
 
 # %% ../../nbs/attention/13_heads.ipynb #c4ad5e00
 class MultiHead(nn.Module):
-    """Multi-head (Vaswani et al., 2017, section 3.2.2), grouped-query (Ainslie et al., 2023) or multi-query attention (Shazeer, 2019)."""
+    """Multi-head (Vaswani et al., 2017, sec. 3.2.2), grouped-query (Ainslie et al., 2023) or multi-query (Shazeer, 2019) attention."""
     def __init__(
         self,
         width: int,  # E, of the tokens
@@ -69,15 +69,16 @@ class MultiHead(nn.Module):
     ) -> None:
         super().__init__()
         head_width, self.kv_heads = _sizes(width, heads, kv_heads)
-        self.width, self.heads = width, heads
-        self.query, self.out = nn.Linear(width, width, bias), nn.Linear(width, width, bias)
-        self.key, self.value = (nn.Linear(width, self.kv_heads * head_width, bias) for _ in range(2))
+        self.width, self.heads, kv_width = width, heads, self.kv_heads * head_width
+        self.query = nn.Linear(width, width, bias)
+        self.key, self.value = nn.Linear(width, kv_width, bias), nn.Linear(width, kv_width, bias)
+        self.out = nn.Linear(width, width, bias)
 
     def forward(
         self,
         x: Tensor,  # (B, T, E) tokens that ask
         context: Tensor | None = None,  # (B, S, E) tokens that are asked; default: x
-        mask: Tensor | None = None,  # boolean, True = may attend; (T, S), or four dimensions that broadcast to (B, H, T, S)
+        mask: Tensor | None = None,  # boolean, True = may attend; (T, S), or 4 dimensions that broadcast to (B, H, T, S)
     ) -> tuple[Tensor, Tensor]:  # output (B, T, E) and weights (B, H, T, S)
         """Attend from each token of `x` to the tokens of `context`, in every head."""
         context = x if context is None else context
@@ -99,10 +100,10 @@ def from_torch(
 ) -> MultiHead:
     """Copy the weights of PyTorch's layer, which stacks query, key and value in one matrix (3 E, E)."""
     if mha.in_proj_weight is None or mha.bias_k is not None or mha.add_zero_attn:
-        raise ValueError("expected nn.MultiheadAttention without kdim, vdim, add_bias_kv and add_zero_attn: MultiHead has no such weights")
-    state = dict(zip(("query.weight", "key.weight", "value.weight"), mha.in_proj_weight.chunk(3))) | {"out.weight": mha.out_proj.weight}
-    if mha.in_proj_bias is not None:
-        state |= dict(zip(("query.bias", "key.bias", "value.bias"), mha.in_proj_bias.chunk(3))) | {"out.bias": mha.out_proj.bias}
+        raise ValueError("expected a layer without kdim, vdim, add_bias_kv and add_zero_attn: MultiHead has no such weights")
+    state = {f"out.{k}": v for k, v in mha.out_proj.state_dict().items()}
+    for kind, stacked in (("weight", mha.in_proj_weight), ("bias", mha.in_proj_bias)):
+        if stacked is not None: state |= {f"{name}.{kind}": p for name, p in zip(("query", "key", "value"), stacked.chunk(3))}
     return _with(state, mha.num_heads)
 
 # %% ../../nbs/attention/13_heads.ipynb #429f1e40
@@ -111,7 +112,7 @@ def from_bert(
 ) -> MultiHead:
     """Copy the four projections of a BERT attention layer; residual, LayerNorm and dropout stay outside."""
     if not (hasattr(layer, "self") and hasattr(layer, "output")):
-        raise TypeError(f"expected an attention with parts self and output, got {type(layer).__name__}: pass encoder.layer[i].attention")
+        raise TypeError(f"expected parts self and output, got {type(layer).__name__}: pass model.encoder.layer[i].attention")
     parts = {"query": layer.self.query, "key": layer.self.key, "value": layer.self.value, "out": layer.output.dense}
     state = {f"{name}.{k}": v for name, part in parts.items() for k, v in part.state_dict().items()}
     return _with(state, layer.self.num_attention_heads)

@@ -48,7 +48,7 @@ def interval(
     try: from scipy.stats import t
     except ImportError as e: raise ImportError("statistical claims need scipy: pip install 'tunebook[labs]'") from e
     mean = math.fsum(values) / n
-    half = t.ppf(0.5 + level / 2, n - 1) * math.sqrt(math.fsum((v - mean) ** 2 for v in values) / (n - 1) / n)
+    half = float(t.ppf(0.5 + level / 2, n - 1)) * math.sqrt(math.fsum((v - mean) ** 2 for v in values) / (n - 1) / n)
     return mean, mean - half, mean + half
 
 # %% ../../nbs/kit/01_ledger.ipynb #654d00f6

@@ -52,6 +52,7 @@ def label_lines(
 ) -> None:
     """Write each line's label at its right end, in its colour, and drop the legend."""
     lines = [line for line in ax.get_lines() if not line.get_label().startswith("_")]
+    ax.autoscale_view()  # the limits must be known before a point has a place
     to_axes = ax.transData + ax.transAxes.inverted()
     ends = sorted(((to_axes.transform((line.get_xdata()[-1], line.get_ydata()[-1]))[1], i) for i, line in enumerate(lines)))
     at = -1.0

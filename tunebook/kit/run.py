@@ -8,6 +8,7 @@ __all__ = ['KERNEL_ENV', 'PARTS', 'Spec', 'write_atomic', 'Failure', 'one_line',
            'run_notebook', 'run_all', 'find_root', 'chapters', 'keep_outputs']
 
 # %% ../../nbs/kit/06_run.ipynb #b6ce6250
+import atexit
 import difflib
 import json
 import os
@@ -148,6 +149,7 @@ class Trace:
         self.client: Any = None
         self.process: Any = None  # the kernel's
         self.claims_file, self.on_cell = claims, on_cell
+        self.log = claims.with_name("kernel.txt")  # what the kernel's process itself says
         self.running: int | None = None
         self.cells: dict[int, dict[str, Any]] = {}
         self.entries: list[dict[str, Any]] = []
@@ -208,9 +210,11 @@ class Engine:
         trace.nb = nb
         trace.client = NotebookClient(
             nb, kernel_name=kernel_name, timeout=spec.timeout, startup_timeout=start_timeout, shutdown_kernel="immediate",
-            record_timing=False, resources={"metadata": {"path": str(Path(spec.notebook).resolve().parent)}},
+            record_timing=False, coalesce_streams=True, resources={"metadata": {"path": str(Path(spec.notebook).resolve().parent)}},
             on_cell_execute=trace.start, on_cell_executed=trace.stop)
-        trace.client.execute(env={**os.environ, **env})
+        try:
+            with open(trace.log, "w") as log: trace.client.execute(env={**os.environ, **env}, stderr=log)
+        finally: atexit.unregister(trace.client._cleanup_kernel)  # nbclient forgets it after a failed start
         return nb
 
 def register_engine() -> None:
@@ -245,7 +249,8 @@ def diagnose(
         return Failure("kernel died", _death(trace.process), "a crash, or too little memory: run it alone", cell)
     if isinstance(error, KeyboardInterrupt): return Failure("interrupted", "stopped by the user", "run it again", cell)
     if trace.running is None and not trace.cells and isinstance(error, (RuntimeError, OSError)):
-        return Failure("start-up", f"the kernel did not start ({str(error).splitlines()[0][:120]})", "run: tunebook doctor", cell)
+        said = (trace.log.read_text(errors="replace").strip() if trace.log.exists() else "") or str(error)
+        return Failure("start-up", f"the kernel did not start ({said.splitlines()[-1][:160]})", "run: tunebook doctor", cell)
     return Failure("runner error", f"{type(error).__name__}: {str(error)[:200]}", "please report it", cell)
 
 # %% ../../nbs/kit/06_run.ipynb #26b220a9

@@ -1,0 +1,48 @@
+"""Shared fixtures: one offline run of all chapters serves every test that looks at a run."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from tunebook.kit.run import Spec, chapters, run_all
+
+ROOT = Path(__file__).parent.parent
+CHAPTERS = chapters(ROOT)
+
+
+def pytest_collection_modifyitems(items):
+    """The long run of the notebooks first, so that a failure shows early."""
+    items.sort(key=lambda item: item.path.name != "test_notebooks.py")
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_makereport(item, call):
+    """In CI (TUNEBOOK_STRICT) nothing may be skipped."""
+    outcome = yield
+    report = outcome.get_result()
+    if report.skipped and os.environ.get("TUNEBOOK_STRICT") and not hasattr(report, "wasxfail"):
+        report.outcome = "failed"
+        report.longrepr = f"skipped in a strict run: {report.longrepr}"
+
+
+@pytest.fixture(scope="session")
+def root() -> Path:
+    """The checkout."""
+    return ROOT
+
+
+@pytest.fixture(scope="session")
+def offline_env(tmp_path_factory) -> dict[str, str]:
+    """Environment of a kernel that can reach nothing but this machine."""
+    log = tmp_path_factory.mktemp("net") / "refused.txt"
+    return {"PYTHONPATH": str(ROOT / "tests" / "offline"), "TUNEBOOK_NETLOG": str(log)}
+
+
+@pytest.fixture(scope="session")
+def suite(tmp_path_factory, offline_env) -> tuple[Path, dict[str, dict]]:
+    """Every chapter, run once through the runner with the network refused: (output folder, results by name)."""
+    out = tmp_path_factory.mktemp("run")
+    specs = [Spec(str(ROOT / "nbs" / f"{name}.ipynb"), name, str(out), env=offline_env) for name in CHAPTERS]
+    results = run_all(specs, workers=2)
+    return out, {r["name"]: r for r in results}
