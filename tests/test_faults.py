@@ -174,7 +174,7 @@ def test_ctrl_c_stops_the_suite_and_leaves_no_kernel(tmp_path):
         write(tmp_path / f"{n}.ipynb", "import time; time.sleep(120)")
     command = ["run", *(str(tmp_path / f"{n}.ipynb") for n in "ab"), "--out", str(tmp_path / "out")]
     code = f"import sys; from tunebook.kit.cli import main; sys.exit(main({command!r}))"
-    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=-1, stderr=-1, text=True, start_new_session=True)
     for _ in range(600):
         if len(kernels := kernels_below(process.pid)) == 2:
             break

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 # %% ../../nbs/kit/03_data.ipynb #7f41846b
 class Dice:
-    """Seeded draws that are the same in every Python version: only `random()` is used (random module, notes on reproducibility)."""
+    """Seeded draws, the same in every Python version: only `random()` is used (random module, notes on reproducibility)."""
     def __init__(self, seed: int) -> None:
         self.random = random.Random(seed).random
 
@@ -92,7 +92,8 @@ DOMAINS = {  # what a review of each kind talks about, by family of words
                "food": "breakfast"},
     "gadgets": {"screen": "screen, display", "build": "hinge, keyboard, casing", "software": "software~, app, menu system",
                 "sound": "sound~, audio~"},
-    "courses": {"teaching": "lectures+, slides+, handouts+, explanations+", "service": "tutors+, assistants+", "rooms": "classroom"},
+    "courses": {"teaching": "lectures+, slides+, handouts+, explanations+", "service": "tutors+, assistants+",
+                "rooms": "classroom"},
 }
 TENSES = {"films": "is was", "books": "is was", "gadgets": "is", "restaurants": "was", "hotels": "was", "courses": "was"}
 OPENERS = {
@@ -198,8 +199,8 @@ def _sentence(template: str, scene: dict[str, Any], label: int, pool: int, dice:
     "The template filled for a label, without its opener, and not yet capitalized."
     tense = scene["tense"]
     a, b = (_slots(*thing, tense, label, pool, dice) for thing in scene["things"])
-    slots = {"A": a[""], "B": b[""], "was": tense, "be": "be" if tense == "is" else "have been"} | a | {k + "B": v for k, v in b.items()}
-    return template.format(**slots)
+    shared = {"A": a[""], "B": b[""], "was": tense, "be": "be" if tense == "is" else "have been"}
+    return template.format(**(shared | a | {k + "B": v for k, v in b.items() if k}))
 
 # %% ../../nbs/kit/03_data.ipynb #1d8d586a
 def _cell(phenomenon: str, words: int, templates: int, pairs: int, taken: set[str], dice: Dice) -> list[dict[str, Any]]:
@@ -212,7 +213,8 @@ def _cell(phenomenon: str, words: int, templates: int, pairs: int, taken: set[st
         if taken & set(texts): continue
         taken |= set(texts)
         for label, text in enumerate(texts):
-            text = ". ".join(s[0].upper() + s[1:] for s in (f"{scene['opener']}, {text}" if scene["opener"] else text).split(". "))
+            if scene["opener"]: text = f"{scene['opener']}, {text}"
+            text = ". ".join(s[0].upper() + s[1:] for s in text.split(". "))
             rows.append({"text": text, "label": label, "phenomenon": phenomenon, "words": "held-out" if words else "seen",
                          "template": "held-out" if templates else "seen", "domain": scene["domain"]})
     return rows
@@ -246,13 +248,13 @@ CARD = """# reviews
 
 Short sentiment sentences that a word count cannot classify. Made for teaching; licence CC0 1.0.
 
-**How it was made.** By `generate_reviews(seed=0)` in `tunebook.kit.data` (notebook `nbs/kit/03_data.ipynb`); nobody's review was
-copied. Sentences come in pairs of one template, one domain and the same nouns, with other opinion words and opposite labels; `pair`
-numbers them within a split. `tunebook.kit.data.write("reviews", folder)` makes the same bytes again.
+**How it was made.** By `generate_reviews(seed=0)` in `tunebook.kit.data` (notebook `nbs/kit/03_data.ipynb`); nobody's review
+was copied. Sentences come in pairs of one template, one domain and the same nouns, with other opinion words and opposite labels;
+`pair` numbers them within a split. `tunebook.kit.data.write("reviews", folder)` makes the same bytes again.
 
-**How to label.** Does the writer praise (1) or complain (0)? Of two opinions, the one the writer stands by decides: what follows `but`,
-`yet`, `still`; the main clause beside `although`, `though`, `despite`, `even if`; what was found, not what was expected; the writer's own
-view, not what others say.
+**How to label.** Does the writer praise (1) or complain (0)? Of two opinions, the one the writer stands by decides: what follows
+`but`, `yet`, `still`; the main clause beside `although`, `though`, `despite`, `even if`; what was found, not what was expected;
+the writer's own view, not what others say.
 
 | split | rows | label 0 | label 1 | {phenomena} |
 |---|---|---|---|{dashes}
@@ -262,8 +264,9 @@ view, not what others say.
 Training is all seen. Validation and test cross seen and held-out words and templates in equal parts; the held-out words and
 templates of validation are not those of test. No sentence occurs twice, in one split or across splits.
 
-**Limits.** Generated English of one style, one or two sentences long; {words} opinion words, {templates} templates; the two sentences of
-a pair are not independent; a score here says how a model handles these constructions, not how it would do on people's reviews.
+**Limits.** Generated English of one style, one or two sentences long; {words} opinion words, {templates} templates; the two
+sentences of a pair are not independent; a score here says how a model handles these constructions, not how it would do on
+people's reviews.
 """
 
 def files(
@@ -281,8 +284,9 @@ def files(
         labels, kinds = Counter(r["label"] for r in rows), Counter(r["phenomenon"] for r in rows)
         return f"| {' | '.join(map(str, (split, len(rows), labels[0], labels[1], *(kinds[p] for p in TEMPLATES))))} |"
     words = {w for pair in WORDS.values() for side in pair for w in side.split() if w != "|"}
-    card = CARD.format(phenomena=" | ".join(TEMPLATES), dashes="---|" * len(TEMPLATES), table="\n".join(line(*s) for s in splits.items()),
-                       words=len(words), templates=sum(len(g) for groups in TEMPLATES.values() for g in groups))
+    card = CARD.format(phenomena=" | ".join(TEMPLATES), dashes="---|" * len(TEMPLATES),
+                       table="\n".join(line(*s) for s in splits.items()), words=len(words),
+                       templates=sum(len(g) for groups in TEMPLATES.values() for g in groups))
     return out | {"card.md": card.encode()}
 
 # %% ../../nbs/kit/03_data.ipynb #040c1215
@@ -300,7 +304,7 @@ def read_csv(
 def tidy(
     text: str,  # one sentence, as a file or the hub holds it
 ) -> str:
-    """One form of a sentence, whichever copy it came from: mends text decoded as Latin-1; strips spaces and ellipses at the ends."""
+    """One form of a sentence from any copy: mends text decoded as Latin-1; strips spaces and ellipses at the ends."""
     try: text = text.encode("latin-1").decode("utf-8")
     except UnicodeError: text = "".join(bytes([ord(c)]).decode("cp1252", "replace") if "\x80" <= c <= "\x9f" else c for c in text)
     return text.strip(" \t\r\n\xa0…")
@@ -323,7 +327,8 @@ def read_polarity(
     folder: Path,  # holds rt-polarity.pos and rt-polarity.neg
 ) -> Splits:
     """Read the two text files of rt_polarity (UTF-8, one sentence a line; the file is the label)."""
-    def lines(name: str) -> list[str]: return [tidy(t) for t in (folder / name).read_text(encoding="utf-8").split("\n") if t.strip()]
+    def lines(name: str) -> list[str]:
+        return [tidy(t) for t in (folder / name).read_text(encoding="utf-8").split("\n") if t.strip()]
     return split_rows({0: lines("rt-polarity.neg"), 1: lines("rt-polarity.pos")})
 
 def read_parquet(
@@ -368,7 +373,7 @@ CATALOGUE = {d.name: d for d in [
              "validation.csv": "63107bcbf2da877f6fe4ea4c68369dc10c02005ee3e86415e066e4c7eae7e32f",
              "test.csv": "a353b014a2ebfb396da1b35000f97986b408255f552af52e19730791dc7dd6ee"},
             read_csv, make=generate_reviews),
-    DataSet("rt_polarity", "sentiment", "CC-BY-4.0", "sentences of film reviews (Pang and Lee, 2005), 8530/1066/1066, split by us",
+    DataSet("rt_polarity", "sentiment", "CC-BY-4.0", "sentences of film reviews (Pang and Lee, 2005), 8530/1066/1066, our split",
             ("negative", "positive"), "de9ce6c51d550e75d112876112fd5adbd5a83b215b138f8f8f60adb4da15d59a",
             {"rt-polarity.pos": "4134882974a28d0c7b5151256f0e33a6169984ee7372c279e673f1114f475d58",
              "rt-polarity.neg": "2d11cfbc790f1cd96d78339f41ce53ced1efa83cd22d37d6788fa3fe3d17e2fd"},
@@ -380,7 +385,8 @@ def known(
     """The entry of the catalogue; ValueError with the nearest name when there is none."""
     if name in CATALOGUE: return CATALOGUE[name]
     near = difflib.get_close_matches(str(name), CATALOGUE, n=1, cutoff=0.4)
-    raise ValueError(f"no data set is called {name!r}{f'; did you mean {near[0]!r}?' if near else '.'} Known: {', '.join(CATALOGUE)}")
+    hint = f"; did you mean {near[0]!r}?" if near else "."
+    raise ValueError(f"no data set is called {name!r}{hint} Known: {', '.join(CATALOGUE)}")
 
 # %% ../../nbs/kit/03_data.ipynb #444f9e3d
 def _checked(d: DataSet, splits: Splits, where: str | Path) -> Splits:
@@ -398,7 +404,7 @@ def _folder(d: DataSet, folder: Path) -> Splits:
 
 # %% ../../nbs/kit/03_data.ipynb #29149a96
 def checkout() -> Path | None:
-    """The folder of the source checkout: the nearest one above the package that holds settings.ini; None in an installed wheel."""
+    """The source checkout: the nearest folder above the package that holds settings.ini; None in an installed wheel."""
     import tunebook
     return next((p for p in Path(tunebook.__file__).resolve().parents if (p / "settings.ini").is_file()), None)
 

@@ -71,7 +71,7 @@ def judge(
             from tunebook.kit.checks import same
             try: same(value, expected)
             except AssertionError as e: return record | {"ok": False, "problem": str(e)}
-            return record | {"ok": True}
+            return record | {"ok": True, "bits": True}
         a, b = record["value"], record["expected"]
         return record | {"ok": type(a) is type(b) and a == b}
     if tolerance.kind == "numeric":
@@ -136,7 +136,9 @@ class ClaimFailed(AssertionError):
 def _line(name: str, r: dict[str, Any]) -> str:
     "The reader's line; it holds no digit that differs from machine to machine when the claim holds."
     if "problem" in r: told = r["problem"]
-    elif r["kind"] == "exact": told = f"{r['value']}" if r["ok"] else f"expected {r['expected']!r}, got {r['value']!r}"
+    elif r["kind"] == "exact":
+        seen = f"same bits, {r['value']}" if r.get("bits") else f"{r['value']}"
+        told = seen if r["ok"] else f"expected {r['expected']!r}, got {r['value']!r}"
     elif r["kind"] == "numeric":
         told = f"within {r['bound']:.1e}" if r["ok"] else f"off by {r['error']:.3g}, the bound is {r['bound']:.1e}"
     else: told = f"{r['expected']:.4g} in [{r['low']:.4g}, {r['high']:.4g}] over {r['n']} seeds"
