@@ -147,7 +147,7 @@ def cmd_run(args: argparse.Namespace) -> int:
     return _finish(results, args.out)
 
 # %% ../../nbs/kit/08_cli.ipynb #ab85d6b4
-RECORDED = ("source", "parameters", "data", "environment", "claims", "seconds", "peak_mb")
+RECORDED = ("source", "parameters", "data", "environment", "claims", "seconds", "peak_mb")  # and the date
 
 def ledger_file(
     root: Path,  # the checkout
@@ -200,7 +200,7 @@ def cmd_record(args: argparse.Namespace) -> int:
     status = _finish(results, args.out)
     if status: raise Problem("nothing was recorded, because not everything passed")
     for r in results:
-        kept = {k: r[k] for k in RECORDED}
+        kept = {"date": _now(), **{k: r[k] for k in RECORDED}}
         kept["claims"] = [{k: v for k, v in c.items() if k != "cell"} for c in r["claims"]]
         write_atomic(ledger_file(root, r["name"]), json.dumps(kept, indent=1, ensure_ascii=False) + "\n")
         keep_outputs(root / "nbs" / f"{r['name']}.ipynb", Path(args.out) / f"{r['name']}.ipynb")

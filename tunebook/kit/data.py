@@ -112,11 +112,11 @@ TEMPLATES = {  # phenomenon: (train, validation only, test only)
          "There is no denying that {A} {is} {agree}.", "Not only {is} {A} {agree}, but {B} {isB} {agreeB} too.",
          "Nobody told me how {agree} {A} {is}.", "You get {a_agree} and {a_agreeB}.",
          "I would not hesitate to call {A} {agree}.", "Rarely have I come across such {a_agree}.",
-         "{A} could hardly {be} more {agree}.", "No one can deny that {A} {is} {agree}.", "Trust me, {A} {is} {agree}.",
+         "{A} {is} nothing if not {agree}.", "No one can deny that {A} {is} {agree}.", "Trust me, {A} {is} {agree}.",
          "Nobody will dispute that {A} {is} {agree}.", "I cannot say often enough how {agree} {A} {is}."),
         ("There can be no doubt that {A} {is} {agree}.", "I do not mind saying that {A} {is} {agree}.",
          "I can only repeat that {A} {is} {agree}.", "It is no secret that {A} {is} {agree}."),
-        ("It is hard to deny that {A} {is} {agree}.", "{A} could not {be} more {agree}.",
+        ("It is hard to deny that {A} {is} {agree}.", "It goes without saying that {A} {is} {agree}.",
          "Never before have I come across such {a_agree}.", "If one thing is certain, it is that {A} {is} {agree}.")),
     "negation": (
         ("Nobody could call {A} {oppose}.", "{A} {is} anything but {oppose}.", "{A} {is} far from {oppose}.",
@@ -368,10 +368,10 @@ class DataSet:
 
 CATALOGUE = {d.name: d for d in [
     DataSet("reviews", "sentiment", "CC0-1.0", "generated sentences with negation, contrast and held-out words, 2400/600/1000",
-            ("negative", "positive"), "2f4d3471d3adf39b7877b9aaadfbd3c87abaf9c106004382e2d7411c8b38dcd7",
-            {"train.csv": "56241821c2db1ed2eb375535307a13e210cda1d064a4a3004d9b259c8125c5a9",
-             "validation.csv": "63107bcbf2da877f6fe4ea4c68369dc10c02005ee3e86415e066e4c7eae7e32f",
-             "test.csv": "a353b014a2ebfb396da1b35000f97986b408255f552af52e19730791dc7dd6ee"},
+            ("negative", "positive"), "087768ced27820ad7b3f076992eca729c7326fd9eb2550210b6e87ebecba9861",
+            {"train.csv": "b3f82ab104d0c235350b1be5cf24fe81f9517cfb98c961988164da5fc41df756",
+             "validation.csv": "2f5da6ef10bdbebb36cf0110e90b5863b2e4655aab4ca87c9788230d354470dc",
+             "test.csv": "393716458e6acd5ed645b4eb27519f7370cdbd24cfa2d645a0dd2b9c35c64f79"},
             read_csv, make=generate_reviews),
     DataSet("rt_polarity", "sentiment", "CC-BY-4.0", "sentences of film reviews (Pang and Lee, 2005), 8530/1066/1066, our split",
             ("negative", "positive"), "de9ce6c51d550e75d112876112fd5adbd5a83b215b138f8f8f60adb4da15d59a",

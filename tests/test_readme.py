@@ -1,0 +1,89 @@
+"""README's tables and figures are those of the ledger and the notebooks; `python tests/test_readme.py` writes them."""
+
+import base64
+import re
+from pathlib import Path
+
+import nbformat
+
+from tunebook.kit.cli import catalogue, read_ledger
+from tunebook.kit.run import chapters
+
+ROOT = Path(__file__).parent.parent
+README = ROOT / "README.md"
+
+
+def chapter_table():
+    rows = ["| chapter | module | claims | seconds |", "|---|---|---:|---:|"]
+    for r in catalogue(ROOT):
+        seconds = f"{r['seconds']:.0f}" if r["seconds"] else "-"
+        rows.append(f"| [{r['title']}](nbs/{r['name']}.ipynb) | `{r['module']}` | {r['claims']} | {seconds} |")
+    return "\n".join(rows)
+
+
+def result_table():
+    ledgers = {name: read_ledger(ROOT, name) for name in chapters(ROOT)}
+    machine = next(x["environment"] for x in ledgers.values() if x)
+    dates = sorted(x["date"] for x in ledgers.values() if x)
+    claims = sum(len(x["claims"]) for x in ledgers.values() if x)
+    rows = [f"{claims} claims hold in {len(ledgers)} chapters. Recorded {dates[0][:10]} to {dates[-1][:10]} on {machine['cores']} cores of "
+            f"{machine['cpu']} ({machine['isa']}), Python {machine['python']}, torch {machine['packages']['torch']}, "
+            f"{machine['threads']} thread. Largest differences between ours and theirs:", "",
+            "| ours = theirs | largest difference | bound |", "|---|---:|---:|"]
+    for name, ledger in ledgers.items():
+        for c in ledger["claims"] if ledger and not name.startswith("kit/") else ():
+            if c["kind"] == "numeric" and re.search(r"\w.* = .*\w", c["name"]):
+                rows.append(f"| {c['name']} | {c['error']:.1e} | {c['bound']:.1e} |")
+    return "\n".join(rows)
+
+
+def filled(text):
+    for block, table in (("chapters", chapter_table()), ("results", result_table())):
+        text = re.sub(rf"(<!-- {block}:.*?-->\n).*?(<!-- end -->)", lambda m, t=table: f"{m[1]}\n{t}\n\n{m[2]}", text, flags=re.DOTALL)
+    return text
+
+
+def figure(path):
+    """(bytes, alt text) of the figure a file name stands for: part-chapter-index.png."""
+    part, chapter, index = Path(path).stem.split("-")
+    nb = nbformat.read(ROOT / "nbs" / part / f"{chapter}.ipynb", 4)
+    shown = [o for c in nb.cells for o in c.get("outputs", []) if "image/png" in o.get("data", {})]
+    output = shown[int(index)]
+    return base64.b64decode(output["data"]["image/png"]), output.metadata["image/png"]["alt"]
+
+
+def images(text):
+    return re.findall(r"!\[([^\]]*)\]\(([^)]+)\)", text)
+
+
+def test_the_tables_are_those_of_the_ledger():
+    text = README.read_text()
+    assert filled(text) == text, "run: python tests/test_readme.py"
+
+
+def test_the_figures_are_those_of_the_executed_chapters():
+    shown = images(README.read_text())
+    assert len(shown) >= 2
+    for alt, path in shown:
+        assert ((ROOT / path).read_bytes(), alt) == figure(path), "run: python tests/test_readme.py"
+
+
+def test_the_first_screen_holds_the_two_commands():
+    top = README.read_text().splitlines()[:25]
+    assert any(line.startswith("make run") for line in top) and any(line.startswith("make test") for line in top)
+    assert any("pip install" in line for line in top)
+
+
+def test_every_link_leads_somewhere():
+    for path in re.findall(r"\]\((?!https?:)([^)#]+)\)", README.read_text()):
+        assert (ROOT / path).exists(), path
+
+
+if __name__ == "__main__":
+    text = filled(README.read_text())
+    for alt, path in images(text):
+        data, right = figure(path)
+        (ROOT / path).parent.mkdir(exist_ok=True)
+        (ROOT / path).write_bytes(data)
+        text = text.replace(f"![{alt}]({path})", f"![{right}]({path})")
+    README.write_text(text)
