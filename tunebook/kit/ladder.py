@@ -49,7 +49,7 @@ def survey(
     """Ask every rung whether it serves."""
     def ask(rung: Rung) -> tuple[str, bool, str]:
         try: (rung.peek or rung.find)()
-        except Missing as e: return rung.name, False, "; ".join(filter(None, (str(e), e.fix)))
+        except (Missing, ValueError) as e: return rung.name, False, "; ".join(filter(None, (str(e), getattr(e, "fix", ""))))
         return rung.name, True, ""
     return [ask(r) for r in rungs]
 

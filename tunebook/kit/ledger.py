@@ -58,7 +58,14 @@ def _plain(value: Any) -> Any:
     if isinstance(value, (list, tuple)): return [_plain(v) for v in value]
     return value.item() if hasattr(value, "item") else value
 
-# %% ../../nbs/kit/01_ledger.ipynb #fed06e3d
+# %% ../../nbs/kit/01_ledger.ipynb #3dfc2199
+def _short(value: Any) -> Any:
+    "The value itself, or for a long one its length and digest, so that a ledger stays readable."
+    text = json.dumps(value)
+    if len(text) <= 300: return value
+    return f"{type(value).__name__} of {len(value)}, sha256 {hashlib.sha256(text.encode()).hexdigest()[:16]}"
+
+# %% ../../nbs/kit/01_ledger.ipynb #3fca81a9
 def judge(
     value: Any,  # measured
     expected: Any,  # what the text says
@@ -73,7 +80,7 @@ def judge(
             except AssertionError as e: return record | {"ok": False, "problem": str(e)}
             return record | {"ok": True, "bits": True}
         a, b = record["value"], record["expected"]
-        return record | {"ok": type(a) is type(b) and a == b}
+        return record | {"ok": type(a) is type(b) and a == b, "value": _short(a), "expected": _short(b)}
     if tolerance.kind == "numeric":
         from tunebook.kit.checks import gap
         try: error, limit = gap(value, expected, tolerance.terms, tolerance.scale)

@@ -47,8 +47,10 @@ def math(
 ) -> str:
     """A formula as MathML; the source itself, marked, when it cannot be read."""
     from latex2mathml.converter import convert
-    try: return convert(tex.strip(), display="block" if block else "inline")
+    try: found = convert(tex.strip(), display="block" if block else "inline")
     except Exception: return f'<code class="bad">{html.escape(tex)}</code>'
+    spaced = r"(?<!<msub>)(?<!<msup>)(?<!<munder>)(<mi>(?:log|exp|max|min)</mi>)(?!<mo stretchy=\"false\">&#x00028;)"
+    return re.sub(spaced, r'\1<mspace width="0.17em"/>', found)
 
 def _markdown(source: str) -> str:
     "Markdown to HTML, with MathML in place of dollars."
