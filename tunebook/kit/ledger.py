@@ -85,7 +85,8 @@ def judge(
         from tunebook.kit.checks import gap
         try: error, limit = gap(value, expected, tolerance.terms, tolerance.scale)
         except AssertionError as e: return record | {"ok": False, "problem": str(e)}
-        return record | {"error": error, "bound": limit, "ok": error <= limit}
+        dtype = str(getattr(value, "dtype", "float64")).removeprefix("torch.")
+        return record | {"dtype": dtype, "error": error, "bound": limit, "ok": error <= limit}
     mean, low, high = interval([float(v) for v in value])
     return record | {"mean": mean, "low": low, "high": high, "n": len(value), "ok": low <= float(expected) <= high}
 
