@@ -56,11 +56,12 @@ def figure(path):
     nb = nbformat.read(ROOT / "nbs" / part / f"{chapter}.ipynb", 4)
     shown = [o for c in nb.cells for o in c.get("outputs", []) if "image/png" in o.get("data", {})]
     output = shown[int(index)]
-    return base64.b64decode(output["data"]["image/png"]), output.metadata["image/png"]["alt"]
+    return base64.b64decode(output["data"]["image/png"]), re.sub(r"([\[\]])", r"\\\1", output.metadata["image/png"]["alt"])
 
 
 def images(text):
-    return re.findall(r"!\[([^\]]*)\]\(([^)]+)\)", text)
+    """(alt text as written, path) of each; brackets in an alt text are written with a backslash."""
+    return re.findall(r"!\[((?:\\.|[^\]\\])*)\]\(([^)]+)\)", text)
 
 
 def test_the_tables_are_those_of_the_ledger():
