@@ -273,6 +273,20 @@ def test_other_data_is_a_drift(checkout):
     assert [d.name for d in found] == ["data reviews"]
 
 
+def test_docs_render_what_is_committed_without_running(checkout, capsys):
+    path = checkout / "nbs/kit/00_small.ipynb"
+    path.write_text(path.read_text().replace("✓ count", "✓ committed"))
+    assert main(["docs", "--out", "pages"]) == 0
+    assert "✓ committed" in Path("pages/kit/00_small.html").read_text()
+    assert 'href="kit/00_small.html"' in Path("pages/index.html").read_text()
+
+
+def test_the_table_of_claims_is_left_behind(checkout):
+    assert main(["run"]) == 0
+    lines = Path("_run/claims.csv").read_text().splitlines()
+    assert lines[0] == "chapter,holds,claim,class,measured,why" and len(lines) == 4 and lines[1].startswith("kit/00_small,True,count,exact,4")
+
+
 def test_a_broken_ledger_is_named(checkout, capsys):
     (checkout / "data/ledger/kit/00_small.json").write_text("{")
     assert main(["list"]) == 2

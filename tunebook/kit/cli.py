@@ -122,14 +122,18 @@ def execute(
 def _now() -> str: return datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
 
 def _claims_table(results: list[dict[str, Any]]) -> None:
-    "Every claim on the terminal."
+    "Claims that hold, by chapter and class, and each one that does not; the report holds them all."
     from rich.table import Table
 
     from tunebook.kit.report import verdict
-    table = Table("chapter", "", "claim", "class", "measured", title="Claims", title_justify="left", box=None)
+    kinds = ("exact", "numeric", "statistical")
+    table = Table("chapter", *(f"{k} claims" for k in kinds), "seconds", "peak MB", box=None)
     for r in results:
-        for c in r["claims"]: table.add_row(r["name"], "✓" if c["ok"] else "✗", c["name"], c["kind"], verdict(c))
-    if table.row_count: _console().print(table)
+        held = [f"{sum(c['ok'] for c in of)} / {len(of)}" if of else "" for of in ([c for c in r["claims"] if c["kind"] == k] for k in kinds)]
+        table.add_row(r["name"], *held, f"{r['seconds'] or 0:.1f}", f"{r['peak_mb'] or 0:.0f}")
+    _console().print(table)
+    for r, c in ((r, c) for r in results for c in r["claims"] if not c["ok"]):
+        print(f"✗ {r['name']}: {c['name']} ({c['kind']}): {verdict(c)}")
 
 def _finish(results: list[dict[str, Any]], out: str | Path, drifts: dict[str, Any] | None = None) -> int:
     "Write the report, say how it went, and choose the exit status."
@@ -140,7 +144,7 @@ def _finish(results: list[dict[str, Any]], out: str | Path, drifts: dict[str, An
 
 # %% ../../nbs/kit/08_cli.ipynb #388af60d
 def cmd_run(args: argparse.Namespace) -> int:
-    """Run notebooks; leave executed copies, results, pages and the report."""
+    """Run notebooks; leave executed copies, results, pages, the report and the table of claims."""
     given = {name: parse_value(value) for name, value in args.parameter}
     results = execute(select(args.notebooks), args.out, given, args.full, args.workers, args.timeout)
     _claims_table(results)
