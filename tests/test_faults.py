@@ -284,7 +284,8 @@ def test_docs_render_what_is_committed_without_running(checkout, capsys):
 def test_the_table_of_claims_is_left_behind(checkout):
     assert main(["run"]) == 0
     lines = Path("_run/claims.csv").read_text().splitlines()
-    assert lines[0] == "chapter,holds,claim,class,measured,why" and len(lines) == 4 and lines[1].startswith("kit/00_small,True,count,exact,4")
+    assert lines[0] == "chapter,holds,claim,class,measured,why" and len(lines) == 4
+    assert lines[1].startswith("kit/00_small,True,count,exact,4")
 
 
 def test_a_broken_ledger_is_named(checkout, capsys):

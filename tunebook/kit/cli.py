@@ -129,11 +129,12 @@ def _claims_table(results: list[dict[str, Any]]) -> None:
     kinds = ("exact", "numeric", "statistical")
     table = Table("chapter", *(f"{k} claims" for k in kinds), "seconds", "peak MB", box=None)
     for r in results:
-        held = [f"{sum(c['ok'] for c in of)} / {len(of)}" if of else "" for of in ([c for c in r["claims"] if c["kind"] == k] for k in kinds)]
+        by_kind = ([c["ok"] for c in r["claims"] if c["kind"] == k] for k in kinds)
+        held = [f"{sum(oks)} / {len(oks)}" if oks else "" for oks in by_kind]
         table.add_row(r["name"], *held, f"{r['seconds'] or 0:.1f}", f"{r['peak_mb'] or 0:.0f}")
     _console().print(table)
-    for r, c in ((r, c) for r in results for c in r["claims"] if not c["ok"]):
-        print(f"✗ {r['name']}: {c['name']} ({c['kind']}): {verdict(c)}")
+    for name, c in [(r["name"], c) for r in results for c in r["claims"]]:
+        if not c["ok"]: print(f"✗ {name}: {c['name']} ({c['kind']}): {verdict(c)}")
 
 def _finish(results: list[dict[str, Any]], out: str | Path, drifts: dict[str, Any] | None = None) -> int:
     "Write the report, say how it went, and choose the exit status."
@@ -182,17 +183,21 @@ def drift(
     data = [Drift(f"{k}", "exact", "other bytes than recorded") for k, v in old["data"].items() if result["data"].get(k) != v]
     return changed + data + compare(old["claims"], result["claims"])
 
+# %% ../../nbs/kit/08_cli.ipynb #d5ebadca
+def _suspects(root: Path, results: list[dict[str, Any]]) -> list[str]:
+    "How this environment differs from the recorded ones of these chapters."
+    from tunebook.kit.ledger import environment_changes
+    pairs = [((read_ledger(root, r["name"]) or {}).get("environment") or {}, r["environment"] or {}) for r in results]
+    return sorted({line for old, new in pairs for line in environment_changes(old, new)})
+
 def cmd_verify(args: argparse.Namespace) -> int:
     """Run again, compare with the recorded run, name what drifted."""
-    from tunebook.kit.ledger import environment_changes
     root = _root()
     results = execute(select(args.notebooks), args.out, {}, workers=args.workers)
     drifts = {r["name"]: drift(root, r) for r in results if r["status"] == "passed"}
     for name, ds in drifts.items():
         for d in ds: print(f"drift: {name}: {d.name} ({d.kind}): {d.what}")
-    shown = {line for r in results if drifts.get(r["name"]) and r["environment"]
-             for line in environment_changes((read_ledger(root, r["name"]) or {}).get("environment") or {}, r["environment"])}
-    for line in sorted(shown): print(f"  environment: {line}")
+    for line in _suspects(root, [r for r in results if drifts.get(r["name"])]): print(f"  environment: {line}")
     return _finish(results, args.out, drifts)
 
 # %% ../../nbs/kit/08_cli.ipynb #41c86ef7

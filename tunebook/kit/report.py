@@ -27,9 +27,11 @@ pre{font:13px/1.45 ui-monospace,monospace;white-space:pre-wrap;overflow-wrap:any
 .input_area,.highlight{background:var(--code);border-radius:4px}.input_area{padding:.5rem .7rem;margin:.7rem 0 .2rem}
 .prompt,.anchor-link{display:none}.output{padding:.2rem .7rem .5rem}.output_stderr{color:var(--bad)}
 .output_png img{max-width:100%;background:#fff}blockquote{color:var(--soft);margin-left:0}
-math[display=block]{margin:1rem 0;font-size:1.1em}.scroll{overflow-x:auto}
+math[display=block]{margin:1rem 0;font-size:1.1em}.scroll{overflow-x:auto}th{white-space:nowrap}
 table{border-collapse:collapse;font-size:14px;margin:1rem 0}
-th,td{overflow-wrap:anywhere;text-align:left;padding:.3rem .8rem .3rem 0;border-bottom:1px solid var(--line);vertical-align:top}td.n,td.good,td.bad,td.name{white-space:nowrap}td.n{text-align:right}
+th,td{overflow-wrap:anywhere;text-align:left;padding:.3rem .8rem .3rem 0;border-bottom:1px solid var(--line);vertical-align:top}
+td.n,td.good,td.bad,td.name{white-space:nowrap}td.n{text-align:right}
+
 .good{color:var(--good)}.bad{color:var(--bad);font-weight:600}.soft{color:var(--soft)}
 @media(prefers-color-scheme:dark){.input_area .highlight span{filter:invert(1) hue-rotate(180deg)}}
 """
@@ -99,7 +101,8 @@ def verdict(
     if "problem" in claim: return claim["problem"]
     if claim["kind"] == "exact":
         extra = "".join(f", {k} {short(v)}" for k, v in claim.get("measured", {}).items())
-        return ("same bits, " if claim.get("bits") else "") + short(claim["value"]) + ("" if claim["ok"] else f", expected {short(claim['expected'])}") + extra
+        seen = ("same bits, " if claim.get("bits") else "") + short(claim["value"])
+        return seen + ("" if claim["ok"] else f", expected {short(claim['expected'])}") + extra
     if claim["kind"] == "numeric": return f"off by {claim['error']:.1e}, bound {claim['bound']:.1e}"
     return f"{claim['mean']:.4g} in [{claim['low']:.4g}, {claim['high']:.4g}] over {claim['n']} seeds, expected {short(claim['expected'])}"
 

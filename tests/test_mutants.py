@@ -1,0 +1,40 @@
+"""The claims can fail: a chapter whose code is made wrong in one place does not pass."""
+
+import nbformat
+import pytest
+
+from tunebook.kit.run import Spec, run_all
+
+MUTANTS = {  # name: (chapter, right, wrong)
+    "scores without the scale": ("attention/10_scores", "q @ k.mT * (q.shape[-1] ** -0.5 if", "q @ k.mT * (1.0 if"),
+    "softmax over the queries": ("attention/10_scores", "exps / exps.sum(-1, keepdim=True).clamp(min=1)", "exps / exps.sum(-2, keepdim=True).clamp(min=1)"),
+    "key-value heads tiled": ("attention/13_heads", "x.repeat_interleave(times, dim=-3)", "torch.cat([x] * times, dim=-3)"),
+    "keys and values swapped": ("attention/13_heads", 'zip(("query", "key", "value"), stacked', 'zip(("query", "value", "key"), stacked'),
+    "smoothing left out of the gradient": ("entropy/21_xent", "q.sum(-1, keepdim=True) * p - q, 2 * z_loss", "q.sum(-1, keepdim=True) * p - 1.01 * q, 2 * z_loss"),
+    "mean over all rows": ("entropy/21_xent", "rows.sum() / size +", "rows.sum() / kept.numel() +"),
+    "bound that is too wide": ("kit/00_checks", "nu = terms * torch.finfo(dtype).eps / 2", "nu = terms * 1e-2"),
+    "interval too narrow": ("kit/01_ledger", "t.ppf(0.5 + level / 2, n - 1)", "t.ppf(0.5 + level / 2, 1000)"),
+    "digest not compared": ("kit/02_ladder", "if (got := sha256(path)) != expected:", "if (got := sha256(path)) == 'never':"),
+    "another seed in the shipped set": ("kit/03_data", "seed: int = 0,  # the shipped", "seed: int = 1,  # the shipped"),
+}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory, root):
+    folder = tmp_path_factory.mktemp("mutants")
+    specs = []
+    for i, (chapter, right, wrong) in enumerate(MUTANTS.values()):
+        nb = nbformat.read(root / "nbs" / f"{chapter}.ipynb", 4)
+        hits = [c for c in nb.cells if c.cell_type == "code" and c.source.startswith("#| export") and right in c.source]
+        assert len(hits) == 1, f"{right!r} stands in {len(hits)} exported cells of {chapter}: renew the mutant"
+        hits[0].source = hits[0].source.replace(right, wrong)
+        path = folder / f"{i}.ipynb"
+        nbformat.write(nb, path)
+        specs.append(Spec(str(path), str(i), str(folder / "out")))
+    return dict(zip(MUTANTS, run_all(specs, workers=2)))
+
+
+@pytest.mark.parametrize("mutant", MUTANTS)
+def test_a_wrong_chapter_does_not_pass(mutant, runs):
+    failure = runs[mutant]["failure"]
+    assert failure and failure["kind"] in ("claim failed", "cell error"), runs[mutant]["status"]
