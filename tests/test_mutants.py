@@ -7,10 +7,10 @@ from tunebook.kit.run import Spec, run_all
 
 MUTANTS = {  # name: (chapter, right, wrong)
     "scores without the scale": ("attention/10_scores", "q @ k.mT * (q.shape[-1] ** -0.5 if", "q @ k.mT * (1.0 if"),
-    "softmax over the queries": ("attention/10_scores", "exps / exps.sum(-1, keepdim=True).clamp(min=1)", "exps / exps.sum(-2, keepdim=True).clamp(min=1)"),
+    "softmax over the queries": ("attention/10_scores", "exps / exps.sum(-1,", "exps / exps.sum(-2,"),
     "key-value heads tiled": ("attention/13_heads", "x.repeat_interleave(times, dim=-3)", "torch.cat([x] * times, dim=-3)"),
     "keys and values swapped": ("attention/13_heads", 'zip(("query", "key", "value"), stacked', 'zip(("query", "value", "key"), stacked'),
-    "smoothing left out of the gradient": ("entropy/21_xent", "q.sum(-1, keepdim=True) * p - q, 2 * z_loss", "q.sum(-1, keepdim=True) * p - 1.01 * q, 2 * z_loss"),
+    "a gradient one percent too large": ("entropy/21_xent", "q.sum(-1, keepdim=True) * p - q,", "q.sum(-1, keepdim=True) * p - 1.01 * q,"),
     "mean over all rows": ("entropy/21_xent", "rows.sum() / size +", "rows.sum() / kept.numel() +"),
     "bound that is too wide": ("kit/00_checks", "nu = terms * torch.finfo(dtype).eps / 2", "nu = terms * 1e-2"),
     "interval too narrow": ("kit/01_ledger", "t.ppf(0.5 + level / 2, n - 1)", "t.ppf(0.5 + level / 2, 1000)"),
