@@ -26,6 +26,6 @@ setup(
     packages=find_packages(include=[cfg["lib_path"], cfg["lib_path"] + ".*"]),
     install_requires=cfg["requirements"].split(),
     extras_require={k.removesuffix(suffix): cfg[k].split() for k in cfg if k.endswith(suffix)},
-    entry_points={"console_scripts": cfg["console_scripts"].split()},
+    entry_points={kind: cfg[kind].split() for kind in ("console_scripts", "pytest11")},
     zip_safe=False,
 )

@@ -65,6 +65,8 @@ def test_an_expected_error_is_not_a_failure(tmp_path):
     nbformat.write(new_notebook(cells=[cell, new_code_cell("2 + 2")], metadata=KERNEL), tmp_path / "ok.ipynb")
     result = run_one(tmp_path / "ok.ipynb")
     assert result["failure"] is None and [c["status"] for c in result["cells"]] == ["failed", "completed"]
+    executed = nbformat.read(tmp_path / "out" / "ok.ipynb", 4)
+    assert [c.metadata["tunebook"]["status"] for c in executed.cells] == ["failed", "completed"]
 
 
 BROKEN = {"{": "is not a valid notebook", "": "is not a valid notebook", '{"cells": 3}': "is not a valid notebook", None: "cannot be read"}
@@ -153,6 +155,57 @@ def test_a_killed_worker_costs_one_notebook(tmp_path):
     assert len(seen) == 4 and json.loads((tmp_path / "out" / "a.json").read_text())["status"] == "failed"
 
 
+def test_a_memory_limit(tmp_path):
+    source = "import resource\nresource.setrlimit(resource.RLIMIT_AS, (2**31, 2**31))\nx = bytearray(2**32)"
+    assert one_line(run_one(write(tmp_path / "m.ipynb", source))) == (
+        "m, In [2] import resource: out of memory: MemoryError: ; use smaller batches, or a machine with more memory")
+
+
+def test_a_notebook_without_a_kernelspec_runs_on_python(tmp_path):
+    nbformat.write(new_notebook(cells=[new_code_cell("1 + 1")]), tmp_path / "n.ipynb")
+    assert run_one(tmp_path / "n.ipynb")["failure"] is None
+
+
+def test_a_parameter_without_a_parameters_cell(tmp_path):
+    nbformat.write(new_notebook(cells=[new_code_cell("1 + 1")], metadata=KERNEL), tmp_path / "n.ipynb")
+    result = run_one(tmp_path / "n.ipynb", parameters={"x": 1})
+    assert one_line(result) == "n: parameters: no parameter is called 'x'; it has no cell tagged parameters"
+
+
+def test_the_notebook_itself_is_never_the_output(tmp_path):
+    path = write(tmp_path / "n.ipynb", "x")
+    before = path.read_text()
+    result = run_notebook(Spec(str(path), "n", str(tmp_path)))
+    assert one_line(result) == "n: output: the output would replace the notebook itself; choose another folder with --out"
+    assert path.read_text() == before
+
+
+def test_a_stray_plugin_that_breaks_on_import_breaks_nothing(tmp_path):
+    """papermill loads every package that calls itself its engine; one of them fails."""
+    (tmp_path / "stray.py").write_text("raise RuntimeError('stray')")
+    info = tmp_path / "stray-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: stray\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[papermill.engine]\nstray = stray:Engine\n")
+    write(tmp_path / "n.ipynb", GOOD)
+    env = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    papermill = subprocess.run([sys.executable, "-c", "import papermill"], env=env, capture_output=True, text=True)
+    assert papermill.returncode and "stray" in papermill.stderr, "the plugin must break papermill itself, or this proves nothing"
+    command = "import sys; from tunebook.kit.cli import main; sys.exit(main(['run', 'n.ipynb']))"
+    ours = subprocess.run([sys.executable, "-c", command], env=env, cwd=tmp_path, capture_output=True, text=True)
+    assert ours.returncode == 0, ours.stdout + ours.stderr
+
+
+def test_a_hundred_megabytes_of_output_are_cut_visibly(tmp_path):
+    source = "for i in range(100): print('x' * 10**6)\nprint('end')"
+    result = run_one(write(tmp_path / "p.ipynb", source, "2 + 2"))
+    assert result["failure"] is None
+    executed = nbformat.read(tmp_path / "out" / "p.ipynb", 4)
+    text = "".join(o["text"] for o in executed.cells[1].outputs)
+    assert "[output cut here: a cell may leave 1 MB]" in text and len(text) < 1_100_000
+    assert executed.cells[2].outputs[0]["data"]["text/plain"] == "4"
+
+
 def kernels_below(pid: int) -> list[int]:
     out = subprocess.run(["ps", "-eo", "pid,ppid,args"], capture_output=True, text=True).stdout.splitlines()[1:]
     rows = [(int(a), int(b), c) for a, b, c in (line.split(None, 2) for line in out)]
@@ -183,7 +236,10 @@ def test_ctrl_c_stops_the_suite_and_leaves_no_kernel(tmp_path):
     time.sleep(1)
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the whole foreground group
     _, complaint = process.communicate(timeout=30)
-    assert process.returncode == 130 and complaint.strip() == "tunebook: interrupted"
+    assert process.returncode == 130
+    assert complaint.strip() == "tunebook: interrupted; the same command goes on from the results it kept"
+    for n in "ab":
+        assert json.loads((tmp_path / "out" / f"{n}.json").read_text())["failure"]["kind"] == "interrupted"
     for _ in range(100):
         if not any(map(alive, kernels)):
             break
