@@ -158,7 +158,7 @@ def test_a_killed_worker_costs_one_notebook(tmp_path):
 def test_a_memory_limit(tmp_path):
     source = "import resource\nresource.setrlimit(resource.RLIMIT_AS, (2**31, 2**31))\nx = bytearray(2**32)"
     assert one_line(run_one(write(tmp_path / "m.ipynb", source))) == (
-        "m, In [2] import resource: out of memory: MemoryError: ; use smaller batches, or a machine with more memory")
+        "m, In [2] import resource: out of memory: MemoryError; use smaller batches, or a machine with more memory")
 
 
 def test_a_notebook_without_a_kernelspec_runs_on_python(tmp_path):

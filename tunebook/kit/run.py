@@ -305,7 +305,7 @@ def diagnose(
     cell = trace.label(trace.running) if trace.nb is not None else None
     if isinstance(error, CellExecutionError):
         lines = (error.evalue or "").strip().splitlines()
-        told = f"{error.ename}: {lines[0] if lines else ''}"[:300]
+        told = ": ".join([error.ename, *lines[:1]])[:300]
         if any(word in told for word in NO_MEMORY): return Failure("out of memory", told, LESS, cell)
         return Failure("cell error", told, "open the executed notebook at this cell", cell)
     if isinstance(error, CellTimeoutError):
