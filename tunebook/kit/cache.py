@@ -25,6 +25,7 @@ from typing import Any
 def _digest(text: str | bytes) -> str:
     return hashlib.sha256(text.encode() if isinstance(text, str) else text).hexdigest()[:16]
 
+@cache
 def imports_of(
     source: str,  # Python, perhaps with lines for IPython
     package: str = "",  # dotted name of the package the source belongs to, for relative imports
