@@ -99,7 +99,7 @@ def import_microseconds(module):
 
 
 def test_importing_the_package_costs_nothing():
-    """The budget is 50 ms; one file without imports is a thousandth of it, so this holds on any machine."""
+    """The budget is 50 ms; one small file without imports takes 1 to 2 ms, so there is room on a slow machine."""
     assert added_modules("import tunebook") == {"tunebook"}
     assert min(import_microseconds("tunebook")[0] for _ in range(5)) < 50_000
 
