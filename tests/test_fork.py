@@ -158,7 +158,7 @@ def test_a_zygote_that_may_not_be_forked(trouble, reason, monkeypatch):
     assert started == ({}, reason)
 
 
-def test_a_fork_that_fails_at_the_last_moment_is_cold(monkeypatch):
+def test_a_fork_that_fails_at_the_last_moment_is_cold(monkeypatch, tmp_path):
     from nbclient import NotebookClient
 
     def refuse(*_, **__):
@@ -169,6 +169,7 @@ def test_a_fork_that_fails_at_the_last_moment_is_cold(monkeypatch):
     client.on_cell_executed = lambda **_: why.append(client.km.provisioner.why)
     client.execute()
     assert int(nb.cells[1].outputs[0]["text"]) == os.getpid() and why == ["no more processes"] * 2
+    assert run_one(tmp_path, "print(x)")["notes"] == ["cold kernel: no more processes"]
 
 
 def test_environment_folder_and_name_space_arrive(tmp_path):

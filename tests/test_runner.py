@@ -139,6 +139,23 @@ def test_two_runs_into_one_folder(tmp_path):
     gone(kernels)
 
 
+def test_of_runs_started_at_once_one_holds_the_folder_and_the_others_name_it(tmp_path):
+    write(tmp_path / "a.ipynb", SLOW)
+    runs = [start(tmp_path, "a.ipynb") for _ in range(4)]
+    ended = until(lambda: [r for r in runs if r.poll() is not None] if sum(r.poll() is not None for r in runs) == 3 else None)
+    (holder,) = [r for r in runs if r not in ended]
+    complaint = f"tunebook: another run (process {holder.pid}) writes into _run; wait, or use --out\n"
+    assert [(r.returncode, r.communicate()[1]) for r in ended] == [(2, complaint)] * 3
+    holder.terminate()
+    holder.communicate(timeout=30)
+
+
+def test_a_worker_leaves_out_what_no_run_needs_and_gives_it_back():
+    code = ("import sys; from tunebook.kit.run import UNUSED, library, register_engine; register_engine(); library('nbconvert')\n"
+            "assert not set(UNUSED) & set(sys.modules); import pyarrow.fs, rfc3987_syntax")
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
 def test_a_full_disk_is_one_line(tmp_path):
     if os.geteuid() != 0 or subprocess.run(["unshare", "-m", "true"], capture_output=True).returncode:
         pytest.skip("mounting a small disk needs root")

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from .ledger import environment_changes
-from .run import one_line, write_atomic
+from .run import library, one_line, write_atomic
 
 # %% ../../nbs/kit/07_report.ipynb #18d434bc
 STYLE = """
@@ -59,15 +59,15 @@ def math(
 
 def _markdown(source: str) -> str:
     "Markdown to HTML, with MathML in place of dollars."
-    from nbconvert.filters.markdown_mistune import IPythonRenderer, MarkdownWithMath
+    mistune = library("nbconvert.filters.markdown_mistune")
 
-    class Renderer(IPythonRenderer):
+    class Renderer(mistune.IPythonRenderer):
         def block_math(self, body: str) -> str: return math(body, block=True)
         def inline_math(self, body: str) -> str: return math(body)
         def latex_environment(self, name: str, body: str) -> str:
             return math(f"\\begin{{{name}}}{body}\\end{{{name}}}", block=True)
 
-    return MarkdownWithMath(renderer=Renderer(escape=False)).render(source)
+    return mistune.MarkdownWithMath(renderer=Renderer(escape=False)).render(source)
 
 # %% ../../nbs/kit/07_report.ipynb #98104e93
 def render_notebook(
@@ -75,9 +75,8 @@ def render_notebook(
     title: str,
 ) -> str:
     """A notebook as one self-contained HTML page."""
-    from nbconvert import HTMLExporter
     from pygments.formatters import HtmlFormatter
-    exporter = HTMLExporter(template_name="basic")
+    exporter = library("nbconvert").HTMLExporter(template_name="basic")
     exporter.register_filter("markdown2html", _markdown)
     body = exporter.from_notebook_node(nb)[0]
     body = re.sub(r"<script\b.*?</script>", "", body, flags=re.DOTALL)
@@ -125,9 +124,10 @@ def _chapter_rows(results: list[dict[str, Any]]) -> Iterable[str]:
 def _cells_table(results: list[dict[str, Any]], most: int = 5) -> str:
     cells = [{"name": r["name"], **c} for r in results for c in r["cells"] if "seconds" in c]
     slow = sorted(cells, key=lambda c: -c["seconds"])[:most]
-    large = sorted((c for c in cells if c["peak_mb"]), key=lambda c: -c["peak_mb"])[:most]
-    rows = [_row(c["name"], c["cell"], (f"{c['seconds']:.1f}", "n"), (f"{c['peak_mb'] or 0:.0f}", "n")) for c in [*slow, *large]]
-    return _table(("chapter", "cell", "seconds", "peak MB"), dict.fromkeys(rows))
+    large = sorted(cells, key=lambda c: -(c.get("grown_mb") or 0))[:most]
+    rows = [_row(c["name"], c["cell"], (f"{c['seconds']:.1f}", "n"), *((f"{c.get(k) or 0:.0f}", "n") for k in ("grown_mb", "peak_mb")))
+            for c in [*slow, *large]]
+    return _table(("chapter", "cell", "seconds", "MB it added", "peak MB"), dict.fromkeys(rows))
 
 def _claim_tables(results: list[dict[str, Any]]) -> Iterable[str]:
     for r in results:
@@ -197,12 +197,11 @@ def write_report(
     drifts: dict[str, list[Any]] | None = None,
 ) -> Path:  # the index page
     """Render each executed notebook beside itself, and the report that links to them."""
-    import nbformat
     for r in results:
         source = Path(out) / f"{r['name']}.ipynb"
         made = source.with_suffix(".html")
         if not source.exists() or (made.exists() and made.stat().st_mtime > source.stat().st_mtime): continue
-        write_atomic(made, render_notebook(nbformat.read(source, 4), r["name"]))
+        write_atomic(made, render_notebook(library("nbformat").read(source, 4), r["name"]))
     write_atomic(Path(out) / "claims.csv", claims_csv(results))
     write_atomic(Path(out) / "junit.xml", junit(results))
     index = Path(out) / "index.html"
