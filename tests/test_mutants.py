@@ -8,6 +8,10 @@ from tunebook.kit.run import Spec, run_all
 MUTANTS = {  # name: (chapter, right, wrong)
     "scores without the scale": ("attention/10_scores", "q @ k.mT * (q.shape[-1] ** -0.5 if", "q @ k.mT * (1.0 if"),
     "softmax over the queries": ("attention/10_scores", "exps / exps.sum(-1,", "exps / exps.sum(-2,"),
+    "causal aligned with the first key": ("attention/11_masks", "torch.arange(keys - queries, keys, device=device)[:, None]",
+                                          "torch.arange(queries, device=device)[:, None]"),
+    "documents that see one another": ("attention/11_masks", "documents[:, None, :, None] == documents", "documents[:, None, :, None] >= documents"),
+    "a checker without zero scores": ("attention/11_masks", '("zero", 0.0), ', ""),
     "key-value heads tiled": ("attention/13_heads", "x.repeat_interleave(times, dim=-3)", "torch.cat([x] * times, dim=-3)"),
     "keys and values swapped": ("attention/13_heads", 'zip(("query", "key", "value"), stacked', 'zip(("query", "value", "key"), stacked'),
     "a gradient one percent too large": ("entropy/21_xent", "q.sum(-1, keepdim=True) * p - q,", "q.sum(-1, keepdim=True) * p - 1.01 * q,"),

@@ -52,7 +52,8 @@ def math(
 ) -> str:
     """A formula as MathML; the source itself, marked, when it cannot be read."""
     from latex2mathml.converter import convert
-    try: found = convert(tex.strip(), display="block" if block else "inline")
+    tex = tex.strip().replace("{aligned}", "{split}")  # the same, by the name that latex2mathml knows
+    try: found = convert(tex, display="block" if block else "inline")
     except Exception: return f'<code class="bad">{html.escape(tex)}</code>'
     spaced = r"(?<!<msub>)(?<!<msup>)(?<!<munder>)(<mi>(?:log|exp|max|min)</mi>)(?!<mo stretchy=\"false\">&#x00028;)"
     return re.sub(spaced, r'\1<mspace width="0.17em"/>', found)
