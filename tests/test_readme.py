@@ -2,6 +2,8 @@
 
 import base64
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import nbformat
@@ -80,6 +82,14 @@ def test_the_first_screen_holds_the_two_commands():
     top = README.read_text().splitlines()[:25]
     assert any(line.startswith("make run") for line in top) and any(line.startswith("make test") for line in top)
     assert any("pip install" in line for line in top)
+
+
+def test_the_example_runs(tmp_path):
+    (code,) = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
+    told = subprocess.run([sys.executable, "-c", code + "\nprint(text.shape)"], cwd=tmp_path, capture_output=True, text=True)
+    assert told.returncode == 0, told.stderr
+    assert told.stdout == "torch.Size([1, 11])\n"
+    assert sorted(p.name for p in tmp_path.glob("my-model/*")) == ["config.json", "model.safetensors"]
 
 
 def test_every_link_leads_somewhere():
