@@ -18,7 +18,6 @@ from tunebook.kit.checks import close, same
 seeds = st.integers(0, 2**31)
 quick = settings(deadline=None, max_examples=100, derandomize=True)
 V = 23
-CUDA = pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"))
 configs = st.builds(Config, vocab=st.just(V), width=st.just(16), layers=st.integers(1, 2), heads=st.just(4), length=st.just(32),
                     hidden=st.just(24), kv_heads=st.sampled_from([None, 1, 2]), window=st.sampled_from([None, 1, 2, 5]),
                     norm=st.sampled_from(["layer", "rms"]), gated=st.booleans(), rotary=st.sampled_from([None, 1e4]), pre=st.booleans())
@@ -286,7 +285,7 @@ def test_enough_beams_find_the_best_text(config, seed, penalty):
     assert generate(model, tokens[:1, :1], 3, beams=16, length_penalty=penalty)[0, 1:].tolist() == every[logs.argmax()].tolist()
 
 
-@pytest.mark.parametrize("device", ["cpu", CUDA])
+@pytest.mark.parametrize("device", ["cpu", "cuda"][: 1 + torch.cuda.is_available()])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("window", [None, 3])
 def test_half_precision_and_devices(device, dtype, window):
