@@ -50,7 +50,8 @@ def select(
     for n in names:
         if n.endswith(".ipynb"): continue
         hits = [k for k in known if n.rstrip("/") in (k, k.split("/")[0], k.split("_", 1)[-1], k.split("/")[-1])]
-        near = difflib.get_close_matches(n, [*known, *(k.split("_", 1)[-1] for k in known)], n=1, cutoff=0.4)
+        short = dict.fromkeys(part for k in known for part in (k.split("/")[0], k.split("_", 1)[-1]))
+        near = difflib.get_close_matches(n, [*short, *known], n=1, cutoff=0.4)
         if not hits: raise Problem(f"no chapter is called {n!r}" + (f"; did you mean {near[0]!r}?" if near else "; see: tunebook list"))
         wanted += hits
     paths = {f.resolve(): name for name, f in known.items()}
