@@ -171,8 +171,8 @@ def _label(token: str) -> str:
     return repr(str(token))[1:-1][:12]
 
 def _lines(weights: Tensor, tokens: Sequence[str]) -> str:
-    "A map (T, T) as text: percent in three characters, a dot for exactly 0, the row's token behind."
-    def cell(w: float) -> str: return f"{100 * w:3.0f}" if w else "  ."
+    "A map (T, T) as text: percent in three characters, a dot for exactly 0, the row's token behind it."
+    def cell(w: float) -> str: return "  ." if not w else f"{100 * w:3.0f}" if w < 0.995 else ">99"
     return "\n".join("".join(map(cell, row)) + " " + _label(t) for row, t in zip(weights.tolist(), tokens))
 
 # %% ../../nbs/attention/17_lens.ipynb #d8d267e9
@@ -252,10 +252,10 @@ class Viewer:
             f"<form class=tblens method=dialog aria-label='attention maps of {L} layers and {H} heads' ",
             f"style='--n:{T};--h:{H};--l:{L};--map:url({_png(sheet)})'><style>{_STYLE}{layers[1]}\n{heads[1]}}}</style>",
             f"{layers[0]}{heads[0]}<div class=all><svg viewBox='0 0 {H} {L}' preserveAspectRatio=none role=img ",
-            "aria-label='all maps, layers down, heads across; a frame marks the chosen one'>",
+            "aria-label='all maps; a frame marks the chosen one'>",
             f"<path d='{lines}'/><rect width=1 height=1 /></svg></div><div class=map role=group aria-label='the chosen map'><div>",
             *(f"<i>{html.escape(_label(t))}</i>" for t in self.tokens), "</div>", *maps,
-            "</div><small>percent; rows ask, columns are looked at; a dot is exactly 0</small></form>"))
+            "</div><small>percent; rows ask; a dot is exactly 0</small></form>"))
 
     def picture(
         self,
