@@ -1,6 +1,6 @@
 """What a run costs: `tunebook run` against sequential papermill command lines of the same notebooks, in one session.
 
-    python benchmarks/runner.py                                   # three rounds, about half an hour; writes benchmarks/README.md
+    python benchmarks/runner.py                                   # three rounds, about 45 minutes; writes benchmarks/README.md
     python benchmarks/runner.py --rounds 1 --notebooks 2 --chapters kit/00 --dry    # a quick look, writes nothing
 
 Both come from the environment of this Python. A round runs every variant once, and every other round in reverse order; a ratio is
