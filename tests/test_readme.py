@@ -9,7 +9,6 @@ from pathlib import Path
 import nbformat
 
 from tunebook.kit.cli import catalogue, read_ledger
-from tunebook.kit.run import chapters
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
@@ -23,28 +22,42 @@ def chapter_table():
     return "\n".join(rows)
 
 
+def pairs_of(ledger):
+    """Of the claims about one pair and dtype, the one nearest to its bound: {(pair, dtype): claim}."""
+    found = {}
+    for c in ledger["claims"]:
+        if c["kind"] == "statistical" or not re.search(r" = .*(\bF\.|\bnn\.|\btorch|\btransformers|MiniLM|documents alone)", c["name"]):
+            continue
+        key = re.split(r"[,:]", c["name"])[0], c.get("dtype", "exact")
+        near = c["error"] / c["bound"] if c["kind"] == "numeric" else 0
+        if key not in found or near > found[key][0]:
+            found[key] = near, c
+    return {key: c for key, (_, c) in found.items()}
+
+
 def result_table():
-    ledgers = {name: read_ledger(ROOT, name) for name in chapters(ROOT)}
-    machine = next(x["environment"] for x in ledgers.values() if x)
-    dates = sorted(x["date"] for x in ledgers.values() if x)
-    claims = sum(len(x["claims"]) for x in ledgers.values() if x)
+    ledgers = {r["name"]: (r["title"], read_ledger(ROOT, r["name"])) for r in catalogue(ROOT)}
+    ledgers = {name: (title, ledger) for name, (title, ledger) in ledgers.items() if ledger}
+    machine = next(x["environment"] for _, x in ledgers.values())
+    cpus = " and ".join(sorted({f"{e['cpu']} ({e['isa']})" for e in (x["environment"] for _, x in ledgers.values())}))
+    dates = sorted(x["date"] for _, x in ledgers.values())
+    claims = sum(len(x["claims"]) for _, x in ledgers.values())
     when = dates[0][:10] if dates[0][:10] == dates[-1][:10] else f"{dates[0][:10]} to {dates[-1][:10]}"
-    rows = [f"{claims} claims hold in {len(ledgers)} chapters. Recorded {when} on {machine['cores']} cores of "
-            f"{machine['cpu']} ({machine['isa']}), Python {machine['python']}, torch {machine['packages']['torch']}, "
-            f"{machine['threads']} thread. Ours against the library's, the largest difference of each pair:", "",
-            "| ours = theirs | dtype | largest difference | bound |", "|---|---|---:|---:|"]
-    pairs = {}  # of the claims about one pair and dtype, the one nearest to its bound
-    for name, ledger in ledgers.items():
-        for c in ledger["claims"] if ledger and not name.startswith("kit/") else ():
-            if c["kind"] == "statistical" or not re.search(r" = .*(\bF\.|\bnn\.|\btorch|\btransformers|MiniLM|documents alone)", c["name"]):
-                continue
-            key = re.split(r"[,:]", c["name"])[0], c.get("dtype", "exact")
-            near = c["error"] / c["bound"] if c["kind"] == "numeric" else 0
-            if key not in pairs or near > pairs[key][0]:
-                pairs[key] = near, c
-    for (pair, dtype), (_, c) in pairs.items():
+    pairs = {title: pairs_of(x) for name, (title, x) in ledgers.items() if not name.startswith("kit/")}
+    head = (f"{claims} claims hold in {len(ledgers)} chapters. Recorded {when} on {machine['cores']} cores of "
+            f"{cpus}, Python {machine['python']}, torch {machine['packages']['torch']}, "
+            f"{machine['threads']} thread.")
+    short = ["| chapter | pairs equal to a library's | same bits | largest difference, float64 | float32 |", "|---|---:|---:|---:|---:|"]
+    for title, found in pairs.items():
+        worst = {d: max((c["error"] for (_, dtype), c in found.items() if dtype == d), default=None) for d in ("float64", "float32")}
+        bits = sum(c["kind"] == "exact" or c["error"] == 0 for c in found.values())
+        cells = (f"{worst[d]:.1e}" if worst[d] is not None else "" for d in worst)
+        short += [f"| {title.split(':')[0]} | {len(found)} | {bits} | {' | '.join(cells)} |"] if found else []
+    rows = ["| ours = theirs | dtype | largest difference | bound |", "|---|---|---:|---:|"]
+    for (pair, dtype), c in (item for found in pairs.values() for item in found.items()):
         rows.append(f"| {pair} | {dtype} | " + (f"{c['error']:.1e} | {c['bound']:.1e} |" if c["kind"] == "numeric" else "none | none |"))
-    return "\n".join(rows)
+    fold = f"<details>\n<summary>All {len(rows) - 2} pairs, with the largest difference of each and its bound</summary>"
+    return "\n".join([head, "", *short, "", fold, "", *rows, "", "</details>"])
 
 
 def filled(text):

@@ -188,13 +188,13 @@ def _png(sheet: Tensor) -> str:
 
 # %% ../../nbs/attention/17_lens.ipynb #636f0dd7
 _STYLE = """.tblens{font:13px system-ui,sans-serif;
-& fieldset{border:0;margin:0;padding:2px 0}& legend{float:left;width:4em;padding:0}
-& label{display:inline-block;margin-right:.7em}& input{margin:0 .2em;accent-color:#0072b2}
-& input:focus-visible{outline:3px solid #d55e00;outline-offset:1px}
+& fieldset{border:0;margin:0;padding:2px 0}& legend{float:left;width:4em}
+& label{display:inline-block;margin-right:.7em}& input{margin:0 .2em}
+& input:focus-visible{outline:3px solid #d55e00}
 & .all{position:relative;max-width:calc(var(--h)*3.4em);aspect-ratio:var(--h)/var(--l);margin:6px 0;
 background:var(--map) 0 0/100% 100%}
 & svg{position:absolute;inset:0;width:100%;height:100%;overflow:visible}
-& svg *{fill:none;stroke:#777;stroke-width:1;vector-effect:non-scaling-stroke}
+& svg *{fill:none;stroke:#777;vector-effect:non-scaling-stroke}
 & rect{stroke:#d55e00;stroke-width:3;transform:translate(calc(var(--j)*1px),calc(var(--i)*1px))}
 & .map{font:11px/20px ui-monospace,monospace;overflow-x:auto}
 & i{display:inline-block;width:3ch;line-height:3ch;font-style:normal;vertical-align:bottom;
@@ -255,7 +255,7 @@ class Viewer:
             "aria-label='all maps; a frame marks the chosen one'>",
             f"<path d='{lines}'/><rect width=1 height=1 /></svg></div><div class=map role=group aria-label='the chosen map'><div>",
             *(f"<i>{html.escape(_label(t))}</i>" for t in self.tokens), "</div>", *maps,
-            "</div><small>percent; rows ask; a dot is exactly 0</small></form>"))
+            "</div><small>percent; rows ask, columns are looked at; a dot is exactly 0</small></form>"))
 
     def picture(
         self,
