@@ -24,6 +24,7 @@ def soft_cap(
     """cap tanh(z / cap), nearly z while that is small (Gemma Team 2024, section 2)."""
     return logits if cap is None else cap * (logits / cap).tanh()
 
+# %% ../../nbs/entropy/22_linear_ce.ipynb #4b5004eb
 def _cap_(logits: Tensor, cap: float) -> Tensor:
     "Cap in place; returns the slope, 1 - (result / cap)^2."
     slope = 1 - logits.div_(cap).tanh_() ** 2
@@ -52,8 +53,10 @@ def _check_labels(targets: Tensor, shape: tuple[int, ...], V: int, ignore_index:
     bad = (targets != ignore_index) & ((targets < 0) | (targets >= V))
     if bad.any():
         at = bad.nonzero()[0].tolist()
-        raise ValueError(f"targets must be 0 to {V - 1} or {ignore_index}, targets{at} is {int(targets[tuple(at)])}: check V and ignore_index")
+        found = f"targets{at} is {int(targets[tuple(at)])}"
+        raise ValueError(f"targets must be 0 to {V - 1} or {ignore_index}, {found}: check V and ignore_index")
 
+# %% ../../nbs/entropy/22_linear_ce.ipynb #dbfdb1e5
 def _check(hidden: Tensor, matrix: Tensor, targets: Tensor, bias: Tensor | None, weight: Tensor | None) -> None:
     "Refuse tensors that do not fit each other."
     given = [x for x in (hidden, matrix, bias) if x is not None]
@@ -68,6 +71,14 @@ def _check(hidden: Tensor, matrix: Tensor, targets: Tensor, bias: Tensor | None,
     if len(places := {x.device for x in (*given, targets, weight) if x is not None}) > 1:
         raise ValueError(f"expected one device, got {', '.join(sorted(map(str, places)))}: move with .to(device)")
 
+# %% ../../nbs/entropy/22_linear_ce.ipynb #76e9e762
+def _check_options(smoothing: float, reduction: str, softcap: float | None, chunk: int | None) -> None:
+    "Refuse options out of range."
+    if not 0 <= smoothing <= 1: raise ValueError(f"label_smoothing must be 0 to 1, got {smoothing}")
+    if reduction not in REDUCTIONS: raise ValueError(f"reduction must be one of {', '.join(REDUCTIONS)}, got {reduction!r}")
+    if softcap is not None and not softcap > 0: raise ValueError(f"softcap must be positive, got {softcap}: pass None for no cap")
+    if chunk is not None and chunk < 1: raise ValueError(f"chunk must be at least 1, got {chunk}")
+
 # %% ../../nbs/entropy/22_linear_ce.ipynb #ccb4e2dc
 class _Plan(NamedTuple):
     "What the loops need beside hidden states, matrix, bias and labels."
@@ -80,13 +91,11 @@ class _Plan(NamedTuple):
     needs: tuple[bool, ...]  # whether hidden states, matrix and bias want a gradient
     size: float | None  # what the mean divides by; None for none and sum
 
+# %% ../../nbs/entropy/22_linear_ce.ipynb #87201ab1
 def _plan(hidden: Tensor, matrix: Tensor, targets: Tensor, bias: Tensor | None, weight: Tensor | None, ignore_index: int,
           smoothing: float, reduction: str, z_loss: float, softcap: float | None, chunk: int | None) -> _Plan:
-    "Check the options, choose the rows and the chunk."
-    if not 0 <= smoothing <= 1: raise ValueError(f"label_smoothing must be 0 to 1, got {smoothing}")
-    if reduction not in REDUCTIONS: raise ValueError(f"reduction must be one of {', '.join(REDUCTIONS)}, got {reduction!r}")
-    if softcap is not None and not softcap > 0: raise ValueError(f"softcap must be positive, got {softcap}: pass None for no cap")
-    if chunk is not None and chunk < 1: raise ValueError(f"chunk must be at least 1, got {chunk}")
+    "Choose the rows and the chunk."
+    _check_options(smoothing, reduction, softcap, chunk)
     wide = torch.promote_types(hidden.dtype, torch.float32)
     w = matrix.new_ones(len(matrix), dtype=wide) if weight is None else weight.detach().to(wide)
     kept = (targets != ignore_index).nonzero()[:, 0]
@@ -106,6 +115,7 @@ def _prepared(hidden: Tensor, matrix: Tensor, targets: Tensor, bias: Tensor | No
     _check_labels(targets, hidden.shape[:-1], len(matrix), ignore_index)
     return hidden.reshape(-1, hidden.shape[-1]), matrix, targets.reshape(-1).long(), bias
 
+# %% ../../nbs/entropy/22_linear_ce.ipynb #4f01bd30
 def _reduced(out: Tensor, size: float | None) -> Tensor:
     "The sum divided by the size."
     return out if size is None else out / size if size else out + torch.nan
