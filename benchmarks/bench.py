@@ -167,11 +167,11 @@ def others(since: tuple[float, float, float] | None = None) -> Any:
     return now if since is None else ((now[1] - since[1]) - (now[2] - since[2])) / (now[0] - since[0])
 
 
-def rounds(calls: dict[str, Callable[[], Any]], n: int, limit: float = 90, least: int = 3) -> dict[str, Any]:
-    """Seconds of each call in n rounds, order reversed in every other; a round that others disturbed is thrown away."""
+def rounds(calls: dict[str, Callable[[], Any]], n: int, limit: float = 90, least: int = 3, warm: bool = False) -> dict[str, Any]:
+    """Seconds of each call in n rounds, order reversed in every other; a round that others disturbed is thrown away; `warm`: they ran before."""
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     kept, thrown, end = 0, 0, time.perf_counter() + limit
-    for f in calls.values():
+    for f in () if warm else calls.values():
         f()
     while kept < n and time.perf_counter() < end:
         before, row = others(), {}
