@@ -168,7 +168,7 @@ def others(since: tuple[float, float, float] | None = None) -> Any:
 
 
 def rounds(calls: dict[str, Callable[[], Any]], n: int, limit: float = 90, least: int = 3, warm: bool = False) -> dict[str, Any]:
-    """Seconds of each call in n rounds, order reversed in every other; a round that others disturbed is thrown away; `warm`: they ran before."""
+    """Seconds of each call in n rounds, order reversed in every other; rounds that others disturbed are thrown away; `warm`: they ran before."""
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     kept, thrown, end = 0, 0, time.perf_counter() + limit
     for f in () if warm else calls.values():

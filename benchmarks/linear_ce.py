@@ -75,7 +75,7 @@ def measure(V: int, dtype: torch.dtype, n: int, few: int) -> dict[str, Any]:
         peaks[name] = peak(lambda name=name, f=f: results.update({name: f()}))
         if not all((a.float() - b.float()).norm() <= most * b.float().norm() for a, b in zip(results[name], results["plain"])):
             raise SystemExit(f"{name} differs from plain at V={V} in {dtype}: only equal functions are compared")
-    del results
+    results.clear()
     found = {"peak": peaks, "rounds": rounds({k: f for k, f in calls.items() if k != AUTO}, n, 150, warm=True),
              "slow": rounds({k: calls[k] for k in ("plain", AUTO)}, few, 150, 1, warm=True)}
     print(V, dtype, {k: f"{time_ratio(found, k)[0]:.2f} of plain's time, {b / 1e6:.0f} MB" for k, b in found["peak"].items()}, flush=True)
