@@ -12,20 +12,19 @@ import math
 import os
 import statistics
 import tempfile
-import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import bench
+from bench import peak, rounds, spread, table
 
 os.environ["KINETO_LOG_LEVEL"] = "99"
 
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention as sdpa
-from torch.profiler import ProfilerActivity, profile
 
 from tunebook.attention.tiled import alibi_rule, document_rule, tiled_attention, tuned_attention
 
@@ -69,37 +68,6 @@ def both(f: Attention, inputs: list[Tensor], up: Tensor) -> Any:
     return torch.autograd.grad(f(*inputs), inputs, up)
 
 
-def others(since: tuple[float, float, float] | None = None) -> Any:
-    """Clock, busy seconds of the machine and of this process; or the others' share of one core since then."""
-    fields = [int(x) for x in Path("/proc/stat").read_text().split("\n")[0].split()[1:9]]
-    busy, own = (sum(fields) - fields[3] - fields[4]) / os.sysconf("SC_CLK_TCK"), os.times()
-    now = time.perf_counter(), busy, own.user + own.system
-    return now if since is None else ((now[1] - since[1]) - (now[2] - since[2])) / (now[0] - since[0])
-
-
-def rounds(calls: dict[str, Callable[[], Any]], n: int, limit: float = 90) -> dict[str, Any]:
-    """Seconds of each call in n rounds, order reversed in every other; a round that others disturbed is thrown away."""
-    seconds: dict[str, list[float]] = {name: [] for name in calls}
-    thrown, end = 0, time.perf_counter() + limit
-    for f in calls.values():
-        f()
-    while len(seconds["SDPA"]) < n and time.perf_counter() < end:
-        before, row = others(), {}
-        for name in list(calls)[:: 1 if (len(seconds["SDPA"]) + thrown) % 2 else -1]:
-            start = time.perf_counter()
-            calls[name]()
-            row[name] = time.perf_counter() - start
-        if others(before) > max(0.05, 0.03 / sum(row.values())):  # the machine counts in ticks of 10 ms
-            thrown += 1
-            time.sleep(0.2)
-            continue
-        for name, t in row.items():
-            seconds[name].append(t)
-    if len(seconds["SDPA"]) < 3:
-        raise SystemExit(f"{thrown} rounds were disturbed and {len(seconds['SDPA'])} were not: run this when the machine is quiet")
-    return {"seconds": seconds, "thrown": thrown}
-
-
 def calls(run: Callable[..., Any], forms: dict[str, Attention], *args: Any) -> dict[str, Callable[[], Any]]:
     """Each form with its arguments bound."""
     return {name: partial(run, f, *args) for name, f in forms.items()}
@@ -127,20 +95,7 @@ def times(T: int, causal: bool) -> dict[str, Any]:
 
 def ratio(measured: dict[str, Any], name: str, base: str = "SDPA") -> tuple[float, float, float]:
     """Median, smallest and largest of the ratios within rounds."""
-    values = [a / b for a, b in zip(measured["seconds"][name], measured["seconds"][base])]
-    return statistics.median(values), min(values), max(values)
-
-
-def peak(f: Callable[[], Any]) -> int:
-    """Largest sum of bytes that PyTorch's allocator had handed out since the start."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as p:
-        f()
-    events = sorted((e.start_ns(), e.nbytes()) for e in p.profiler.kineto_results.events() if e.name() == "[memory]")
-    now = top = 0
-    for _, size in events:
-        now += size
-        top = max(top, now)
-    return top
+    return bench.ratio(measured, name, base)
 
 
 def memory() -> dict[str, Any]:
@@ -207,16 +162,6 @@ def masks() -> dict[str, Any]:
 PARTS: dict[str, Callable[[], dict[str, Any]]] = {
     **{f"time {T}{', causal' if causal else ''}": partial(times, T, causal) for T in LENGTHS for causal in (False, True)},
     "memory": memory, "errors": errors, "masks": masks}
-
-
-def table(head: list[str], rows: list[list[str]]) -> str:
-    """A table of Markdown."""
-    return "\n".join("| " + " | ".join(r) + " |" for r in [head, ["---"] + ["---:"] * (len(head) - 1), *rows])
-
-
-def spread(values: tuple[float, float, float]) -> str:
-    """Median with its range."""
-    return f"{values[0]:.2f} ({values[1]:.2f} to {values[2]:.2f})"
 
 
 def name_of(key: str) -> str:

@@ -1,0 +1,172 @@
+"""Cross-entropy from hidden states against plain cross-entropy and F.linear_cross_entropy: time, memory, error; N=2048, E=256.
+
+    OMP_NUM_THREADS=1 python benchmarks/linear_ce.py            # everything, about ten minutes
+    OMP_NUM_THREADS=1 python benchmarks/linear_ce.py --only "32768 float32" errors
+
+Writes the tables into benchmarks/README.md. The facts of parts that are not run are taken from --facts.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import tempfile
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import bench
+from bench import peak, ratio, rounds, spread, table
+
+os.environ["KINETO_LOG_LEVEL"] = "99"
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn import LinearCrossEntropyOptions
+
+from tunebook.entropy.linear_ce import checkpointed_linear_cross_entropy, chunk_rows, linear_cross_entropy
+
+N, E, SMALL, LARGE = 2048, 256, 32768, 131072
+AUTO = "torch, automatic chunk"
+Inputs = tuple[Tensor, Tensor, Tensor]
+
+
+def plain(h: Tensor, W: Tensor, y: Tensor) -> Tensor:
+    """What everybody writes."""
+    return F.cross_entropy(h @ W.mT, y)
+
+
+def automatic(h: Tensor, W: Tensor, y: Tensor) -> Tensor:
+    """PyTorch's own, its own chunk."""
+    return F.linear_cross_entropy(h, W, y, options=LinearCrossEntropyOptions())
+
+
+def same_chunk(h: Tensor, W: Tensor, y: Tensor) -> Tensor:
+    """PyTorch's own in our chunk."""
+    return F.linear_cross_entropy(h, W, y, options=LinearCrossEntropyOptions(batch_chunk_size=chunk_rows(W)))
+
+
+FORMS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
+    "plain": plain, AUTO: automatic, "torch, our chunk": same_chunk, "ours": linear_cross_entropy,
+    "ours, checkpointed": checkpointed_linear_cross_entropy}
+
+
+def draw(seed: int, V: int, dtype: torch.dtype = torch.float32) -> Inputs:
+    """Hidden states and a matrix that want gradients, and labels; logits have a deviation of 3."""
+    g = torch.Generator().manual_seed(seed)
+    h, W = torch.randn(N, E, generator=g), 3 * E**-0.5 * torch.randn(V, E, generator=g)
+    return h.to(dtype).requires_grad_(), W.to(dtype).requires_grad_(), torch.randint(V, (N,), generator=g)
+
+
+def both(f: Callable[..., Tensor], inputs: Inputs) -> list[Tensor]:
+    """The loss and its gradients."""
+    loss = f(*inputs)
+    return [loss.detach(), *torch.autograd.grad(loss, inputs[:2])]
+
+
+def measure(V: int, dtype: torch.dtype, n: int, few: int) -> dict[str, Any]:
+    """Time and peak of forward with backward; the slow automatic form has rounds of its own with plain."""
+    inputs = draw(0, V, dtype)
+    calls = {name: partial(both, f, inputs) for name, f in FORMS.items()}
+    most, peaks, results = 1e-4 if dtype == torch.float32 else 0.02, {}, {}
+    for name, f in calls.items():
+        peaks[name] = peak(lambda name=name, f=f: results.update({name: f()}))
+        if not all((a.float() - b.float()).norm() <= most * b.float().norm() for a, b in zip(results[name], results["plain"])):
+            raise SystemExit(f"{name} differs from plain at V={V} in {dtype}: only equal functions are compared")
+    results.clear()
+    found = {"peak": peaks, "rounds": rounds({k: f for k, f in calls.items() if k != AUTO}, n, 150, warm=True),
+             "slow": rounds({k: calls[k] for k in ("plain", AUTO)}, few, 150, 1, warm=True)}
+    print(V, dtype, {k: f"{time_ratio(found, k)[0]:.2f} of plain's time, {b / 1e6:.0f} MB" for k, b in found["peak"].items()}, flush=True)
+    return found
+
+
+def time_ratio(found: dict[str, Any], name: str, base: str = "plain") -> tuple[float, float, float]:
+    """Time over another form's, within a round."""
+    return ratio(found["slow" if name == AUTO else "rounds"], name, base)
+
+
+def errors() -> dict[str, Any]:
+    """Root mean square error of loss and gradients against float64, over plain's; the median of three draws."""
+    found: dict[str, Any] = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        rows: dict[str, list[list[float]]] = {name: [] for name in FORMS}
+        for seed in range(3):
+            inputs = draw(seed, SMALL, dtype)
+            exact = (*(x.detach().double().requires_grad_() for x in inputs[:2]), inputs[2])
+            want = both(plain, exact)
+            for name, f in FORMS.items():
+                rows[name].append([float((a.double() - b).square().mean().sqrt()) for a, b in zip(both(f, inputs), want)])
+        found[str(dtype)[6:]] = {name: [statistics.median(a[i] / b[i] for a, b in zip(r, rows["plain"])) for i in range(3)]
+                                 for name, r in rows.items()}
+        print(dtype, found[str(dtype)[6:]], flush=True)
+    return found
+
+
+PARTS: dict[str, Callable[[], dict[str, Any]]] = {
+    "8192 float32": partial(measure, 8192, torch.float32, 15, 3), f"{SMALL} float32": partial(measure, SMALL, torch.float32, 9, 2),
+    f"{LARGE} float32": partial(measure, LARGE, torch.float32, 5, 1), f"{SMALL} bfloat16": partial(measure, SMALL, torch.bfloat16, 9, 2),
+    "errors": errors}
+
+
+def verdicts(facts: dict[str, Any]) -> str:
+    """Each target with the worst value measured."""
+    rows: list[tuple[str, float, float]] = []
+    for V in (SMALL, LARGE):
+        if found := facts.get(f"{V} float32"):
+            rows.append((f"ours, time over plain's, V={V}", time_ratio(found, "ours")[0], 0.85))
+    if found := facts.get(f"{LARGE} float32"):
+        p = found["peak"]
+        rows += [(f"ours, peak over plain's, V={LARGE}", p["ours"] / p["plain"], 1 / 15),
+                 (f"ours, peak over F.linear_cross_entropy's at the same chunk, V={LARGE}", p["ours"] / p["torch, our chunk"], 0.7)]
+    if found := facts.get("errors"):
+        for name in ("ours", "ours, checkpointed"):
+            rows.append((f"{name}, float32, error of gradients over plain's", max(found["float32"][name][1:]), 1.25))
+    return table(["worst case", "measured", "target at most", "met"],
+                 [[what, f"{value:.3f}", f"{target:.3g}", "yes" if value <= target else "no"] for what, value, target in rows])
+
+
+def render(facts: dict[str, Any]) -> str:
+    """All tables."""
+    policy = {k: v for k, v in os.environ.items() if k.startswith(("OMP_", "GOMP_", "KMP_", "MKL_"))}
+    texts = [f"{bench.machine()}, {bench.today()}. {bench.versions(os.sys.executable, 'torch')}, {torch.get_num_threads()} thread, "
+             f"{torch.backends.cpu.get_cpu_capability()}, thread policy {policy or 'default'}. N={N} rows, width E={E}.", verdicts(facts)]
+    rows = []
+    for part in (p for p in facts if p != "errors"):
+        found, (V, dtype) = facts[part], part.split()
+        chunk = chunk_rows(torch.empty(int(V), E, dtype=getattr(torch, dtype), device="meta"))
+        for name, size in found["peak"].items():
+            m = found["slow" if name == AUTO else "rounds"]
+            told = spread(time_ratio(found, name)) if name != "plain" else f"{statistics.median(m['seconds'][name]):.2f} s"
+            rows.append([f"V={V}, {dtype}, our chunk {chunk}: {name}", told, f"{size / 1e6:.0f}", f"{size / found['peak']['plain']:.3f}",
+                         f"{size / found['peak']['torch, our chunk']:.2f}", f"{len(m['seconds'][name])} ({m['thrown']})"])
+    texts.append("Forward and backward. Time over plain's: median of the ratios within a round, smallest and largest in brackets. Peak "
+                 "above the inputs, gradients included.\n\n" + table(["form", "time over plain's", "peak MB", "over plain's",
+                                                                "over torch's at our chunk", "rounds (thrown away)"], rows))
+    if "errors" in facts:
+        texts.append(f"Root mean square error against float64 over plain's, V={SMALL}: loss / gradient of hidden states / gradient of the "
+                     "matrix; median of three draws.\n\n" + table(["form", *facts["errors"]], [
+                         [name, *(" / ".join(f"{x:.2f}" for x in e[name]) for e in facts["errors"].values())] for name in list(FORMS)[1:]]))
+    return "\n\n".join(texts)
+
+
+def main() -> None:
+    """Run the parts and write the tables."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--only", nargs="+", choices=list(PARTS), default=list(PARTS), metavar="PART", help=", ".join(PARTS))
+    parser.add_argument("--facts", type=Path, default=Path(tempfile.gettempdir()) / "tunebook-linear-ce.json", help="default: %(default)s")
+    parser.add_argument("--dry", action="store_true", help="do not write the README")
+    args = parser.parse_args()
+    facts = json.loads(args.facts.read_text()) if args.facts.exists() else {}
+    for part in args.only:
+        facts[part] = PARTS[part]()
+        args.facts.write_text(json.dumps({p: facts[p] for p in PARTS if p in facts}))
+    text = render({p: facts[p] for p in PARTS if p in facts})
+    print(text)
+    if not args.dry:
+        bench.put("linear_ce", text)
+
+
+if __name__ == "__main__":
+    main()
