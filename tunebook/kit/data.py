@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SPLITS', 'WORDS', 'DOMAINS', 'TENSES', 'OPENERS', 'TEMPLATES', 'Splits', 'PAIRS', 'CARD', 'CATALOGUE', 'Dice',
            'generate_reviews', 'digest', 'files', 'read_csv', 'tidy', 'split_rows', 'read_polarity', 'read_parquet',
-           'DataSet', 'known', 'checkout', 'rungs', 'locate', 'load', 'write']
+           'read_text', 'DataSet', 'known', 'checkout', 'rungs', 'locate', 'load', 'write']
 
 # %% ../../nbs/kit/03_data.ipynb #1d6e4fd7
 import csv
@@ -351,6 +351,15 @@ def _datasets() -> None:
     try: import datasets  # noqa: F401
     except ImportError: raise ImportError("this needs the datasets package: pip install 'tunebook[labs]'") from None
 
+# %% ../../nbs/kit/03_data.ipynb #5c6ae71a
+def read_text(
+    folder: Path,  # holds input.txt
+) -> Splits:  # one row a split; together they are the file
+    """Read one text (UTF-8): the first 90 % of its characters to train, then 5 % to validate, 5 % to test."""
+    text = (folder / "input.txt").read_bytes().decode()
+    a, b = len(text) * 90 // 100, len(text) * 95 // 100
+    return {split: [{"text": part}] for split, part in zip(SPLITS, (text[:a], text[a:b], text[b:]))}
+
 # %% ../../nbs/kit/03_data.ipynb #a4cd43cb
 @dataclass(frozen=True)
 class DataSet:
@@ -359,7 +368,7 @@ class DataSet:
     task: str
     licence: str
     about: str  # one line for the reader
-    labels: tuple[str, ...]  # name of label 0, 1, ...
+    labels: tuple[str, ...]  # name of label 0, 1, ...; empty for a text without labels
     digest: str  # of the content, see `digest`
     files: dict[str, str]  # its original format: file name and sha256
     read: Callable[[Path], Splits]  # from a folder with these files
@@ -377,7 +386,10 @@ CATALOGUE = {d.name: d for d in [
             ("negative", "positive"), "de9ce6c51d550e75d112876112fd5adbd5a83b215b138f8f8f60adb4da15d59a",
             {"rt-polarity.pos": "4134882974a28d0c7b5151256f0e33a6169984ee7372c279e673f1114f475d58",
              "rt-polarity.neg": "2d11cfbc790f1cd96d78339f41ce53ced1efa83cd22d37d6788fa3fe3d17e2fd"},
-            read_polarity, hub="cornell-movie-review-data/rotten_tomatoes")]}
+            read_polarity, hub="cornell-movie-review-data/rotten_tomatoes"),
+    DataSet("tinyshakespeare", "language modelling", "public domain", "Shakespeare's plays as one text (Karpathy, 2015), split 90/5/5 %",
+            (), "17ffc8d4142cbf7e74b55f0a7287904a8b3e8b095839a5d31ff5a0933a86bb93",
+            {"input.txt": "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"}, read_text)]}
 
 def known(
     name: str,  # as typed
@@ -457,7 +469,7 @@ def load(
     rung, splits = locate(name, path)
     used(f"data {name}", d.digest)
     kinds = {k: Value("int64" if isinstance(v, int) else "string") for k, v in splits["train"][0].items()}
-    features = Features(kinds | {"label": ClassLabel(names=list(d.labels))})
+    features = Features(kinds | ({"label": ClassLabel(names=list(d.labels))} if d.labels else {}))
     info = DatasetInfo(description=f"{d.name}: {d.about}. Served by: {rung}.", license=d.licence, features=features)
     return DatasetDict({split: Dataset.from_list(rows, features=features, info=info) for split, rows in splits.items()})
 

@@ -49,15 +49,15 @@ class Spec:
 # %% ../../nbs/kit/06_run.ipynb #81992b50
 def write_atomic(
     path: str | Path,  # where the file will stand; folders are made
-    text: str,
+    data: str | bytes,  # text is written as UTF-8
 ) -> None:
     """Write a file so that a reader sees the old one or the new one, never a part."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as f:
-            f.write(text)
+        with os.fdopen(handle, "wb") as f:
+            f.write(data.encode() if isinstance(data, str) else data)
             f.flush()
             os.fsync(f.fileno())
         os.chmod(temporary, 0o644)
