@@ -1,6 +1,8 @@
 """README's tables and figures are those of the ledger and the notebooks; `python tests/test_readme.py` writes them."""
 
 import base64
+import hashlib
+import json
 import re
 import subprocess
 import sys
@@ -109,6 +111,17 @@ def test_the_example_runs(tmp_path):
 def test_every_link_leads_somewhere():
     for path in re.findall(r"\]\((?!https?:)([^)#]+)\)", README.read_text()):
         assert (ROOT / path).exists(), path
+
+
+def test_recorded_timings_say_where_they_come_from():
+    told = (ROOT / "benchmarks" / "README.md").read_text()
+    records = list(ROOT.glob("data/timings/*.json"))
+    assert records
+    for path in records:
+        record = json.loads(path.read_text())
+        assert all(record["from"].get(k) for k in ("device", "driver, clocks", "torch", "date", "command")), path
+        assert all(len(ms) >= 3 for row in record["rows"] for ms in row["ms"].values()), path
+        assert hashlib.sha256(path.read_bytes()).hexdigest()[:16] in told, f"python benchmarks/gpu.py --render {path.relative_to(ROOT)}"
 
 
 if __name__ == "__main__":
