@@ -167,7 +167,8 @@ def others(since: tuple[float, float, float] | None = None) -> Any:
     return now if since is None else ((now[1] - since[1]) - (now[2] - since[2])) / (now[0] - since[0])
 
 
-def rounds(calls: dict[str, Callable[[], Any]], n: int, limit: float = 90, least: int = 3, share: float = 0.05) -> dict[str, Any]:
+def rounds(calls: dict[str, Callable[[], Any]], n: int, limit: float = 90, least: int = 3, share: float = 0.05,
+           clock: Callable[[], float] = time.perf_counter) -> dict[str, Any]:
     """Seconds of each call in n rounds, every other reversed; one in which others took more than a share of a core is thrown away."""
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     kept, thrown, end = 0, 0, time.perf_counter() + limit
@@ -176,9 +177,9 @@ def rounds(calls: dict[str, Callable[[], Any]], n: int, limit: float = 90, least
     while kept < n and time.perf_counter() < end:
         before, row = others(), {}
         for name in list(calls)[:: 1 if (kept + thrown) % 2 else -1]:
-            start = time.perf_counter()
+            start = clock()
             calls[name]()
-            row[name] = time.perf_counter() - start
+            row[name] = clock() - start
         if others(before) > max(share, 0.03 / sum(row.values())):  # the machine counts in ticks of 10 ms
             thrown += 1
             time.sleep(0.2)

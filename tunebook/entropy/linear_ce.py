@@ -34,13 +34,13 @@ def _cap_(logits: Tensor, cap: float) -> Tensor:
 # %% ../../nbs/entropy/22_linear_ce.ipynb #53ffc1a9
 def chunk_rows(
     linear_weight: Tensor,  # (V, E)
-    budget: int | None = None,  # bytes for the logits of a chunk; default: a third of the matrix's gradient, at least 8 MiB
+    budget: int | None = None,  # bytes for the logits of a chunk; default: a third of the matrix's gradient, at least 16 MiB
     softcap: float | None = None,  # with a cap the slope needs as much again
 ) -> int:
     """Rows whose logits fit the budget, at least one."""
     wide = torch.promote_types(linear_weight.dtype, torch.float32).itemsize
     narrow = 0 if linear_weight.dtype.itemsize == wide else linear_weight.dtype.itemsize  # 16 bits: a copy for the products
-    if budget is None: budget = max(2**23, linear_weight.numel() * (wide + narrow) // 3)
+    if budget is None: budget = max(2**24, linear_weight.numel() * (wide + narrow) // 3)
     return max(1, budget // (len(linear_weight) * (wide * (1 if softcap is None else 2) + narrow)))
 
 # %% ../../nbs/entropy/22_linear_ce.ipynb #15d9822c
