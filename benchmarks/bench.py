@@ -167,19 +167,20 @@ def others(since: tuple[float, float, float] | None = None) -> Any:
     return now if since is None else ((now[1] - since[1]) - (now[2] - since[2])) / (now[0] - since[0])
 
 
-def rounds(calls: dict[str, Callable[[], Any]], n: int, limit: float = 90, least: int = 3, warm: bool = False) -> dict[str, Any]:
-    """Seconds of each call in n rounds, order reversed in every other; rounds that others disturbed are thrown away; `warm`: they ran before."""
+def rounds(calls: dict[str, Callable[[], Any]], n: int, limit: float = 90, least: int = 3, share: float = 0.05,
+           clock: Callable[[], float] = time.perf_counter) -> dict[str, Any]:
+    """Seconds of each call in n rounds, every other reversed; one in which others took more than a share of a core is thrown away."""
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     kept, thrown, end = 0, 0, time.perf_counter() + limit
-    for f in () if warm else calls.values():
+    for f in calls.values():
         f()
     while kept < n and time.perf_counter() < end:
         before, row = others(), {}
         for name in list(calls)[:: 1 if (kept + thrown) % 2 else -1]:
-            start = time.perf_counter()
+            start = clock()
             calls[name]()
-            row[name] = time.perf_counter() - start
-        if others(before) > max(0.05, 0.03 / sum(row.values())):  # the machine counts in ticks of 10 ms
+            row[name] = clock() - start
+        if others(before) > max(share, 0.03 / sum(row.values())):  # the machine counts in ticks of 10 ms
             thrown += 1
             time.sleep(0.2)
             continue

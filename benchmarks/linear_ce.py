@@ -11,6 +11,7 @@ import json
 import os
 import statistics
 import tempfile
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -29,6 +30,7 @@ from torch.nn import LinearCrossEntropyOptions
 from tunebook.entropy.linear_ce import checkpointed_linear_cross_entropy, chunk_rows, linear_cross_entropy
 
 N, E, SMALL, LARGE = 2048, 256, 32768, 131072
+SHARE = float(os.environ.get("BENCH_SHARE", "0.05"))  # of a core that other processes may take in a round
 AUTO = "torch, automatic chunk"
 Inputs = tuple[Tensor, Tensor, Tensor]
 
@@ -66,25 +68,23 @@ def both(f: Callable[..., Tensor], inputs: Inputs) -> list[Tensor]:
     return [loss.detach(), *torch.autograd.grad(loss, inputs[:2])]
 
 
-def measure(V: int, dtype: torch.dtype, n: int, few: int) -> dict[str, Any]:
-    """Time and peak of forward with backward; the slow automatic form has rounds of its own with plain."""
-    inputs = draw(0, V, dtype)
-    calls = {name: partial(both, f, inputs) for name, f in FORMS.items()}
-    most, peaks, results = 1e-4 if dtype == torch.float32 else 0.02, {}, {}
-    for name, f in calls.items():
-        peaks[name] = peak(lambda name=name, f=f: results.update({name: f()}))
+def memory(V: int, dtype: torch.dtype) -> dict[str, Any]:
+    """Peak of forward with backward; only equal functions are compared."""
+    inputs, most, peaks, results = draw(0, V, dtype), 1e-4 if dtype == torch.float32 else 0.02, {}, {}
+    for name, f in FORMS.items():
+        peaks[name] = peak(lambda name=name, f=f: results.update({name: both(f, inputs)}))
         if not all((a.float() - b.float()).norm() <= most * b.float().norm() for a, b in zip(results[name], results["plain"])):
             raise SystemExit(f"{name} differs from plain at V={V} in {dtype}: only equal functions are compared")
-    results.clear()
-    found = {"peak": peaks, "rounds": rounds({k: f for k, f in calls.items() if k != AUTO}, n, 150, warm=True),
-             "slow": rounds({k: calls[k] for k in ("plain", AUTO)}, few, 150, 1, warm=True)}
-    print(V, dtype, {k: f"{time_ratio(found, k)[0]:.2f} of plain's time, {b / 1e6:.0f} MB" for k, b in found["peak"].items()}, flush=True)
+    print(V, dtype, {k: f"{b / 1e6:.0f} MB" for k, b in peaks.items()}, flush=True)
+    return peaks
+
+
+def times(V: int, dtype: torch.dtype, n: int, names: tuple[str, ...], least: int = 3, share: float = 0.05) -> dict[str, Any]:
+    """CPU seconds of forward with backward, plain first."""
+    inputs = draw(0, V, dtype)
+    found = rounds({name: partial(both, FORMS[name], inputs) for name in names}, n, 150, least, max(share, SHARE), time.process_time)
+    print(V, dtype, {name: round(ratio(found, name, "plain")[0], 2) for name in names}, "thrown:", found["thrown"], flush=True)
     return found
-
-
-def time_ratio(found: dict[str, Any], name: str, base: str = "plain") -> tuple[float, float, float]:
-    """Time over another form's, within a round."""
-    return ratio(found["slow" if name == AUTO else "rounds"], name, base)
 
 
 def errors() -> dict[str, Any]:
@@ -104,20 +104,22 @@ def errors() -> dict[str, Any]:
     return found
 
 
-PARTS: dict[str, Callable[[], dict[str, Any]]] = {
-    "8192 float32": partial(measure, 8192, torch.float32, 15, 3), f"{SMALL} float32": partial(measure, SMALL, torch.float32, 9, 2),
-    f"{LARGE} float32": partial(measure, LARGE, torch.float32, 5, 1), f"{SMALL} bfloat16": partial(measure, SMALL, torch.bfloat16, 9, 2),
-    "errors": errors}
+QUICK, SLOW = tuple(name for name in FORMS if name != AUTO), ("plain", AUTO)
+CASES = ((8192, torch.float32, 15, 3), (SMALL, torch.float32, 9, 2), (LARGE, torch.float32, 4, 1), (SMALL, torch.bfloat16, 9, 2))
+PARTS: dict[str, Callable[[], dict[str, Any]]] = {"errors": errors}
+for V, dtype, n, few in CASES:
+    key = f"{V} {str(dtype)[6:]}"
+    PARTS |= {f"{key} memory": partial(memory, V, dtype), f"{key} time": partial(times, V, dtype, n, QUICK),
+              f"{key} automatic": partial(times, V, dtype, few, SLOW, 1, 0.25)}
 
 
 def verdicts(facts: dict[str, Any]) -> str:
     """Each target with the worst value measured."""
     rows: list[tuple[str, float, float]] = []
     for V in (SMALL, LARGE):
-        if found := facts.get(f"{V} float32"):
-            rows.append((f"ours, time over plain's, V={V}", time_ratio(found, "ours")[0], 0.85))
-    if found := facts.get(f"{LARGE} float32"):
-        p = found["peak"]
+        if found := facts.get(f"{V} float32 time"):
+            rows.append((f"ours, time over plain's, V={V}", ratio(found, "ours", "plain")[0], 0.85))
+    if p := facts.get(f"{LARGE} float32 memory"):
         rows += [(f"ours, peak over plain's, V={LARGE}", p["ours"] / p["plain"], 1 / 15),
                  (f"ours, peak over F.linear_cross_entropy's at the same chunk, V={LARGE}", p["ours"] / p["torch, our chunk"], 0.7)]
     if found := facts.get("errors"):
@@ -133,14 +135,21 @@ def render(facts: dict[str, Any]) -> str:
     texts = [f"{bench.machine()}, {bench.today()}. {bench.versions(os.sys.executable, 'torch')}, {torch.get_num_threads()} thread, "
              f"{torch.backends.cpu.get_cpu_capability()}, thread policy {policy or 'default'}. N={N} rows, width E={E}.", verdicts(facts)]
     rows = []
-    for part in (p for p in facts if p != "errors"):
-        found, (V, dtype) = facts[part], part.split()
-        chunk = chunk_rows(torch.empty(int(V), E, dtype=getattr(torch, dtype), device="meta"))
-        for name, size in found["peak"].items():
-            m = found["slow" if name == AUTO else "rounds"]
-            told = spread(time_ratio(found, name)) if name != "plain" else f"{statistics.median(m['seconds'][name]):.2f} s"
-            rows.append([f"V={V}, {dtype}, our chunk {chunk}: {name}", told, f"{size / 1e6:.0f}", f"{size / found['peak']['plain']:.3f}",
-                         f"{size / found['peak']['torch, our chunk']:.2f}", f"{len(m['seconds'][name])} ({m['thrown']})"])
+    for V, dtype, *_ in CASES:
+        key = f"{V} {str(dtype)[6:]}"
+        peaks, chunk = facts.get(f"{key} memory", {}), chunk_rows(torch.empty(V, E, dtype=dtype, device="meta"))
+        for name in FORMS:
+            m = facts.get(f"{key} {'automatic' if name == AUTO else 'time'}")
+            told = ["", ""]
+            if m and name == "plain":
+                told[0] = f"{statistics.median(m['seconds'][name]):.2f} s"
+            elif m:
+                told[0] = spread(ratio(m, name, "plain"))
+            if m:
+                told[1] = f"{len(m['seconds'][name])} ({m['thrown']})"
+            size = [f"{peaks[name] / 1e6:.0f}", *(f"{peaks[name] / peaks[x]:.{d}f}" for x, d in (("plain", 3), ("torch, our chunk", 2)))] \
+                if peaks else [""] * 3
+            rows.append([f"V={V}, {str(dtype)[6:]}, our chunk {chunk}: {name}", told[0], *size, told[1]])
     texts.append("Forward and backward. Time over plain's: median of the ratios within a round, smallest and largest in brackets. Peak "
                  "above the inputs, gradients included.\n\n" + table(["form", "time over plain's", "peak MB", "over plain's",
                                                                 "over torch's at our chunk", "rounds (thrown away)"], rows))

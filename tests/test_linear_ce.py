@@ -319,7 +319,7 @@ def test_a_chunk_fills_its_budget(V, E, budget, capped, dtype):
     wide = max(4, dtype.itemsize)
     n, row = chunk_rows(W, budget, 1.0 if capped else None), V * (wide + capped * wide + (2 if dtype.itemsize == 2 else 0))
     assert n == 1 or n * row <= budget < (n + 1) * row
-    assert chunk_rows(W) == chunk_rows(W, max(2**25, V * E * wide // 4))
+    assert chunk_rows(W) == chunk_rows(W, max(2**24, V * E * (wide + (2 if dtype.itemsize == 2 else 0)) // 3))
 
 
 def test_soft_cap():
