@@ -1,10 +1,11 @@
-"""What both benchmarks share: small notebooks, measured commands, and marked sections of the README."""
+"""What the benchmarks share: small notebooks, measured commands, interleaved rounds, peaks of memory, and marked sections of the README."""
 
 import atexit
 import contextlib
 import os
 import re
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -13,6 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import nbformat
 from nbformat.v4 import new_code_cell, new_notebook
@@ -155,6 +157,67 @@ def versions(python: str | Path, *names: str) -> str:
 def today() -> str:
     """The date, UTC."""
     return datetime.now(UTC).strftime("%Y-%m-%d")
+
+
+def others(since: tuple[float, float, float] | None = None) -> Any:
+    """Clock, busy seconds of the machine, of this process and its children; or the others' share of one core since then."""
+    fields = [int(x) for x in Path("/proc/stat").read_text().split("\n")[0].split()[1:9]]
+    busy, own = (sum(fields) - fields[3] - fields[4]) / os.sysconf("SC_CLK_TCK"), os.times()
+    now = time.perf_counter(), busy, own.user + own.system + own.children_user + own.children_system
+    return now if since is None else ((now[1] - since[1]) - (now[2] - since[2])) / (now[0] - since[0])
+
+
+def rounds(calls: dict[str, Callable[[], Any]], n: int, limit: float = 90, least: int = 3) -> dict[str, Any]:
+    """Seconds of each call in n rounds, order reversed in every other; a round that others disturbed is thrown away."""
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    kept, thrown, end = 0, 0, time.perf_counter() + limit
+    for f in calls.values():
+        f()
+    while kept < n and time.perf_counter() < end:
+        before, row = others(), {}
+        for name in list(calls)[:: 1 if (kept + thrown) % 2 else -1]:
+            start = time.perf_counter()
+            calls[name]()
+            row[name] = time.perf_counter() - start
+        if others(before) > max(0.05, 0.03 / sum(row.values())):  # the machine counts in ticks of 10 ms
+            thrown += 1
+            time.sleep(0.2)
+            continue
+        kept += 1
+        for name, t in row.items():
+            seconds[name].append(t)
+    if kept < least:
+        raise SystemExit(f"{thrown} rounds were disturbed and {kept} were not: run this when the machine is quiet")
+    return {"seconds": seconds, "thrown": thrown}
+
+
+def ratio(measured: dict[str, Any], name: str, base: str) -> tuple[float, float, float]:
+    """Median, smallest and largest of the ratios within rounds."""
+    values = [a / b for a, b in zip(measured["seconds"][name], measured["seconds"][base])]
+    return statistics.median(values), min(values), max(values)
+
+
+def peak(f: Callable[[], Any]) -> int:
+    """Largest sum of bytes that PyTorch's allocator had handed out since the start."""
+    from torch.profiler import ProfilerActivity, profile
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as p:
+        f()
+    events = sorted((e.start_ns(), e.nbytes()) for e in p.profiler.kineto_results.events() if e.name() == "[memory]")
+    now = top = 0
+    for _, size in events:
+        now += size
+        top = max(top, now)
+    return top
+
+
+def table(head: list[str], rows: list[list[str]]) -> str:
+    """A table of Markdown."""
+    return "\n".join("| " + " | ".join(r) + " |" for r in [head, ["---"] + ["---:"] * (len(head) - 1), *rows])
+
+
+def spread(values: tuple[float, float, float]) -> str:
+    """Median with its range."""
+    return f"{values[0]:.2f} ({values[1]:.2f} to {values[2]:.2f})"
 
 
 def put(section: str, text: str) -> None:
