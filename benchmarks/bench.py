@@ -160,10 +160,10 @@ def today() -> str:
 
 
 def others(since: tuple[float, float, float] | None = None) -> Any:
-    """Clock, busy seconds of the machine and of this process; or the others' share of one core since then."""
+    """Clock, busy seconds of the machine, of this process and its children; or the others' share of one core since then."""
     fields = [int(x) for x in Path("/proc/stat").read_text().split("\n")[0].split()[1:9]]
     busy, own = (sum(fields) - fields[3] - fields[4]) / os.sysconf("SC_CLK_TCK"), os.times()
-    now = time.perf_counter(), busy, own.user + own.system
+    now = time.perf_counter(), busy, own.user + own.system + own.children_user + own.children_system
     return now if since is None else ((now[1] - since[1]) - (now[2] - since[2])) / (now[0] - since[0])
 
 

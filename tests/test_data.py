@@ -14,6 +14,8 @@ ROOT = Path(__file__).resolve().parents[1]
 REAL = Path(os.environ.get("TUNEBOOK_DATA") or "/nonexistent").expanduser()
 needs_rt = pytest.mark.skipif(not (REAL / "rt_polarity").is_dir(), reason="TUNEBOOK_DATA names no folder that holds rt_polarity/")
 
+needs_play = pytest.mark.skipif(not (REAL / "tinyshakespeare").is_dir(), reason="TUNEBOOK_DATA names no folder that holds tinyshakespeare/")
+
 
 @pytest.fixture
 def no_env(monkeypatch):
@@ -182,3 +184,19 @@ def test_rt_polarity_baseline_is_the_published_one(rt):
     train, test = ([texts(rt[s]), [r["label"] for r in rt[s]]] for s in ("train", "test"))
     accuracy = make_pipeline(TfidfVectorizer(), LogisticRegression(max_iter=1000)).fit(*train).score(*test)
     assert 0.70 < accuracy < 0.80, accuracy
+
+
+# A text without labels
+
+def test_a_text_is_split_in_order(tmp_path):
+    (tmp_path / "input.txt").write_bytes(b"0123456789" * 9 + "é\r\n\n".encode() + b"123456")
+    splits = data.read_text(tmp_path)
+    assert [len(splits[s][0]["text"]) for s in data.SPLITS] == [90, 5, 5]
+    assert "".join(splits[s][0]["text"] for s in data.SPLITS).encode() == (tmp_path / "input.txt").read_bytes()
+
+
+@needs_play
+def test_tinyshakespeare_is_the_whole_file_and_has_no_labels():
+    ds = data.load("tinyshakespeare")
+    assert {s: list(ds[s].features) for s in ds} == {s: ["text"] for s in data.SPLITS} and set(ds.num_rows.values()) == {1}
+    assert "".join(ds[s][0]["text"] for s in data.SPLITS) == (REAL / "tinyshakespeare/input.txt").read_text(encoding="utf-8")

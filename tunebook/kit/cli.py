@@ -369,6 +369,7 @@ class Elsewhere:
         module, _, function = self.where.partition(":")
         return getattr(import_module(module), function)(args)
 
+# %% ../../nbs/kit/08_cli.ipynb #e4334029
 def _to_file(verb: str, default: str) -> dict[str, dict[str, Any]]:
     "Options of a command that reads one file and writes another."
     return {"file": {"metavar": "FILE", "help": f"the file to {verb}; it is kept"},
