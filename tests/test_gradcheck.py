@@ -122,7 +122,7 @@ BUGS = {  # what is wrong: (the operation, right, wrong, a part of the hint)
     "sum over all": ("softmax", ".sum(-1, keepdim=True)", ".sum()", ""),
     "upstream lost": ("softmax", "p = x.softmax(-1)", "p, up = x.softmax(-1), torch.ones_like(up)", "zero everywhere"),
     "sign": ("softmax", "return p * (", "return -p * (", "its sign is wrong"),
-    "times rows": ("softmax", "return p * (", "return len(p) * p * (", "times n, where n is dimension 0 of input 0"),
+    "times rows": ("softmax", "return p * (", "return len(p) * p * (", "times n, where n is dimension 0 of x"),
     "by the root of the width": ("softmax", "return p * (", "return p / p.shape[-1] ** 0.5 * (", "by sqrt(n), where n is dimension 1"),
     "a constant": ("softmax", "return p * (", "return 1.7 * p * (", "a multiple of the right one"),
     "layout": ("softmax", "p = x.softmax(-1)", "p, up = x.softmax(-1), up.as_strided(up.shape, (up.shape[-1], 1))", "layout in memory"),
@@ -150,12 +150,14 @@ def test_a_planted_bug_is_found_and_named(bug):
 
 
 def test_wrong_in_a_second_call_only():
-    calls = []
+    known = set()
 
-    def counts(x):
-        calls.append(0)
-        return softmax(x) * (1 if len(calls) % 2 else 2)
-    verdict = grade(counts, softmax, CASES)
+    def doubles_what_it_knows(x):
+        key = str(x.detach().flatten().tolist())
+        factor = 2 if key in known else 1
+        known.add(key)
+        return softmax(x) * factor
+    verdict = grade(doubles_what_it_knows, softmax, CASES)
     assert verdict.check == "values" and "in a second call" in verdict.seen and "remembered" in verdict.hint
 
 
@@ -165,12 +167,13 @@ def test_values_wrong_and_different_each_time():
     assert verdict.check == "values" and "dropout" in verdict.hint
 
 
-def test_each_kind_of_upstream_is_named():
-    for kind in (1, 2):
-        def backward(up, x, kind=kind):
-            return softmax_backward(up, x) * (2 if up.stride() == upstreams(x)[kind].stride() != upstreams(x)[0].stride() else 1)
-        verdict = grade(with_backward(softmax, backward), softmax, CASES)
-        assert KINDS[kind] in verdict.seen and "layout" in verdict.hint
+@pytest.mark.parametrize("kind", [1, 2])
+def test_each_kind_of_upstream_is_named(kind):
+    def backward(up, x):
+        mine, plain = upstreams(x)[kind].stride(), upstreams(x)[0].stride()
+        return 3 * up * x**2 * (2 if up.stride() == mine != plain else 1)
+    verdict = grade(with_backward(lambda x: x**3, backward), lambda x: x**3, CASES)
+    assert KINDS[kind] in verdict.seen and "layout" in verdict.hint
 
 
 # Nothing that a student returns breaks it
@@ -327,8 +330,7 @@ def test_upstreams(seed, shape, dtype):
     assert len(ups) == len(KINDS) and all(u.shape == out.shape and u.dtype == dtype for u in ups)
     assert ups[0].is_contiguous() and ups[1].permute(tuple(range(out.ndim))[::-1]).is_contiguous()
     assert set(ups[2].stride()) <= {0} and ups[2].max() == ups[2].min() <= -1
-    for a, b in zip(ups, upstreams(out, seed)):
-        same(a, b)
+    assert all(torch.equal(a, b) for a, b in zip(ups, upstreams(out, seed)))
 
 
 def test_awkward_sizes():

@@ -226,7 +226,8 @@ def _running(check: str, what: str) -> Iterator[None]:
     except _Wrong: raise
     except (Exception, SystemExit) as e:
         text = (str(e).strip().splitlines() or [""])[0]
-        hints = {"inplace operation": "what the gradient needs is overwritten in place", "NotImplemented": "it is not written yet"}
+        hints = {"inplace operation": "what the gradient needs is overwritten in place", "NotImplemented": "it is not written yet",
+                 "invalid gradient": "it has not the shape of its input: it is transposed, or summed along another axis"}
         raise _Wrong(check, f"{what} raised {type(e).__name__}: {text}".rstrip(": "),
                      *[hint for word, hint in hints.items() if word in f"{type(e).__name__} {text}"]) from None
 
