@@ -58,7 +58,7 @@ def _probabilities(p: Tensor) -> Tensor:
         raise ValueError(f"expected probabilities (N,), N > 0, got {tuple(p.shape)} in {p.dtype}: one number a forecast")
     if (bad := ~((p >= 0) & (p <= 1))).any():
         raise ValueError(f"{_first(bad)}: expected a probability from 0 to 1, got {p[bad][0]:.4g}: logits go through softmax first")
-    return p.double()
+    return p.double().contiguous()
 
 def edges(
     p: Tensor,  # (N,) probabilities
@@ -145,7 +145,7 @@ def murphy(
     inner: Tensor,  # (bins - 1,) edges
 ) -> Murphy:
     """Mean squared error in parts: Murphy (1973); the part inside bins: Stephenson, Coelho and Jolliffe (2008)."""
-    b, p, y = reliability(p, happened, inner), p.double(), happened.double()
+    b, p, y = reliability(p, happened, inner), _probabilities(p), happened.double()
     of_row = torch.bucketize(p, inner).unique(return_inverse=True)[1]
     share, base, dp = b.count / len(p), y.mean(), p - b.forecast[of_row]
     within = (dp.square() - 2 * dp * (y - b.frequency[of_row])).mean()
