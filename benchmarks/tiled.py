@@ -1,6 +1,6 @@
 """Attention in tiles against F.scaled_dot_product_attention and plain attention: time, memory, error; two threads, float32, B=1 H=8 D=64.
 
-    OMP_NUM_THREADS=2 python benchmarks/tiled.py            # everything, about five minutes
+    OMP_NUM_THREADS=2 python benchmarks/tiled.py            # everything, about seven minutes
     OMP_NUM_THREADS=2 python benchmarks/tiled.py --only "time 1024" memory
 
 Writes the tables into benchmarks/README.md. The facts of parts that are not run are taken from --facts.
@@ -159,9 +159,27 @@ def masks() -> dict[str, Any]:
     return found
 
 
+def exponentials() -> dict[str, Any]:
+    """Microseconds of exp and of exp2 on a tile of the tuned form; medians of 100 interleaved calls."""
+    scores, half = -torch.randn(4, 256, 256, generator=torch.Generator().manual_seed(0)).abs(), torch.arange(256) < 128
+    tiles = {"all keys seen": scores, "half of them hidden": scores.where(half, -math.inf),
+             "half of them far below": scores.where(half, -200.0)}
+    found, out = {}, torch.empty_like(scores)
+    for kind, x in tiles.items():
+        seconds: dict[str, list[float]] = {"exp": [], "exp2": []}
+        for i in range(200):
+            name = ("exp", "exp2")[i % 2]
+            start = time.perf_counter()
+            getattr(torch, name)(x, out=out)
+            seconds[name].append(time.perf_counter() - start)
+        found[kind] = {name: 1e6 * statistics.median(t) for name, t in seconds.items()}
+    print("exponentials", found, flush=True)
+    return found
+
+
 PARTS: dict[str, Callable[[], dict[str, Any]]] = {
     **{f"time {T}{', causal' if causal else ''}": partial(times, T, causal) for T in LENGTHS for causal in (False, True)},
-    "memory": memory, "errors": errors, "masks": masks}
+    "memory": memory, "errors": errors, "masks": masks, "exponentials": exponentials}
 
 
 def name_of(key: str) -> str:
@@ -231,6 +249,9 @@ def render(facts: dict[str, Any]) -> str:
                 for mask, found in facts["masks"].items() for n in found["peak"]]
         texts.append(f"Masks at T={MASKED}, all causal, forward and backward; SDPA has the dense mask, made beforehand for the time and "
                      "inside for the memory:\n\n" + table(["", "time over SDPA's", "peak MB", "working MB"], rows))
+    if "exponentials" in facts:
+        texts.append("Microseconds of `exp` and `exp2` on a tile (4, 256, 256); far below is -200, which underflows:\n\n" + table(
+            ["", "exp", "exp2"], [[kind, *(f"{t:.0f}" for t in m.values())] for kind, m in facts["exponentials"].items()]))
     return "\n\n".join(texts)
 
 
