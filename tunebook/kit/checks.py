@@ -71,7 +71,7 @@ def same(
 ) -> None:
     """Raise AssertionError unless the two hold the same bits (0.0 and -0.0 differ)."""
     a, b = _pair(a, b)
-    x, y = (t.contiguous().reshape(-1).view(torch.uint8) for t in (a, b))
+    x, y = (t.flatten().clone(memory_format=torch.contiguous_format).view(torch.uint8) for t in (a, b))
     bad = int((x != y).reshape(a.numel(), -1).any(-1).sum())
     if bad: raise AssertionError(f"{bad} of {a.numel()} elements differ in their bits; largest difference {gap(a, b)[0]:.3g}")
 
