@@ -133,13 +133,16 @@ def render(facts: dict[str, Any]) -> str:
     """All tables."""
     policy = {k: v for k, v in os.environ.items() if k.startswith(("OMP_", "GOMP_", "KMP_", "MKL_"))}
     texts = [f"{bench.machine()}, {bench.today()}. {bench.versions(os.sys.executable, 'torch')}, {torch.get_num_threads()} thread, "
-             f"{torch.backends.cpu.get_cpu_capability()}, thread policy {policy or 'default'}. N={N} rows, width E={E}.", verdicts(facts)]
+             f"{torch.backends.cpu.get_cpu_capability()}, thread policy {policy or 'default'}. N={N} rows, width E={E}. "
+             f"Others were allowed {SHARE:g} of a core.", verdicts(facts)]
     rows = []
     for V, dtype, *_ in CASES:
         key = f"{V} {str(dtype)[6:]}"
         peaks, chunk = facts.get(f"{key} memory", {}), chunk_rows(torch.empty(V, E, dtype=dtype, device="meta"))
         for name in FORMS:
             m = facts.get(f"{key} {'automatic' if name == AUTO else 'time'}")
+            if not m and not peaks:
+                continue
             told = ["", ""]
             if m and name == "plain":
                 told[0] = f"{statistics.median(m['seconds'][name]):.2f} s"
