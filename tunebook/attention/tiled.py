@@ -158,7 +158,7 @@ def _attend(kernels: tuple, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | Rule
                  torch.promote_types(q.dtype, torch.float32), min(heads, lead[-1]))
     learned = bias if isinstance(bias, Tensor) else None
     out, lse = _Tiled.apply(*(x.expand(*lead, *x.shape[-2:]) for x in (q, k, v)), learned, plan, kernels)
-    if out.numel() and out.amax().isnan(): raise ValueError("expected finite q, k, v and bias, got NaN: find it with x.isfinite().all()")
+    if out.numel() and out.detach().amax().isnan(): raise ValueError("expected finite q, k, v and bias, got NaN: find it with x.isfinite()")
     flat = max(x.ndim for x in (q, k, v)) == 2
     return (out[0], lse[0, :, 0]) if flat else (out, lse.squeeze(-1))
 
