@@ -112,8 +112,8 @@ def consistent(
     seed: int = 0,
 ) -> Tensor:  # (draws, N) booleans
     """Outcomes as they would be if every forecast were right: consistency resampling, Bröcker and Smith (2007), forecasts kept."""
-    g = torch.Generator(p.device).manual_seed(seed)
-    return torch.rand(draws, len(p), generator=g, device=p.device, dtype=torch.float64) < _probabilities(p)
+    g = torch.Generator().manual_seed(seed)  # on the CPU: the same draws on every device
+    return torch.rand(draws, len(p), generator=g, dtype=torch.float64).to(p.device) < _probabilities(p)
 
 # %% ../../nbs/entropy/24_calibration.ipynb #7389a660
 def brier(
