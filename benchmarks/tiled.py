@@ -12,6 +12,7 @@ import math
 import os
 import statistics
 import tempfile
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
