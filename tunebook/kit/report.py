@@ -28,6 +28,7 @@ pre{font:13px/1.45 ui-monospace,monospace;white-space:pre-wrap;overflow-wrap:any
 .input_area,.highlight{background:var(--code);border-radius:4px}.input_area{padding:.5rem .7rem;margin:.7rem 0 .2rem}
 .prompt,.anchor-link{display:none}.output{padding:.2rem .7rem .5rem}.output_stderr{color:var(--bad)}
 .output_png img{max-width:100%;background:#fff}blockquote{color:var(--soft);margin-left:0}
+math{font-family:"Latin Modern Math","STIX Two Math","Cambria Math","DejaVu Math TeX Gyre",math}
 math[display=block]{margin:1rem 0;font-size:1.1em}.scroll{overflow-x:auto}th{white-space:nowrap}
 table{border-collapse:collapse;font-size:14px;margin:1rem 0}
 th,td{overflow-wrap:anywhere;text-align:left;padding:.3rem .8rem .3rem 0;border-bottom:1px solid var(--line);vertical-align:top}
