@@ -37,6 +37,7 @@ MUTANTS = {  # name: (chapter, right, wrong)
                                 "torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)"),
     "beams keep another's cache": ("attention/16_cache", "cache.select((each + source.gather(1, kept)).flatten())",
                                    "cache.select((each + kept % K).flatten())"),
+    "lens without the last norm": ("attention/17_lens", "model.head(model.norm(x)) for x", "model.head(x) for x"),
     "rollout without the residual": ("attention/17_lens", "in residual * eye + (1 - residual) * w: out", "in w: out"),
     "the last state normed twice": ("attention/17_lens", "model.head(states[-1])", "model.head(model.norm(states[-1]))"),
     "the next head ablated": ("attention/17_lens", "z[..., chosen[layer], :] = 0 if", "z[..., [h - 1 for h in chosen[layer]], :] = 0 if"),
