@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is loaded; on a busy machine two threads can be many times slower than one
+
 from tunebook.kit.run import Spec, chapters, run_all
 
 ROOT = Path(__file__).parent.parent
