@@ -1,13 +1,16 @@
 """What the benchmarks share: small notebooks, measured commands, interleaved rounds, peaks of memory, and marked sections of the README."""
 
+import argparse
 import atexit
 import contextlib
+import json
 import os
 import re
 import signal
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 import uuid
 from collections.abc import Callable, Sequence
@@ -231,3 +234,20 @@ def put(section: str, text: str) -> None:
 def tunebook() -> Path:
     """The command beside this Python."""
     return Path(sys.executable).with_name("tunebook")
+
+
+def parts(section: str, about: str | None, todo: dict[str, Callable[[], Any]], render: Callable[[dict[str, Any]], str]) -> None:
+    """A command line that measures parts, keeps their facts in a file, and writes the tables into the README."""
+    parser = argparse.ArgumentParser(description=(about or "").splitlines()[0])
+    parser.add_argument("--only", nargs="*", choices=list(todo), default=list(todo), metavar="PART", help=", ".join(todo))
+    parser.add_argument("--facts", type=Path, default=Path(tempfile.gettempdir()) / f"tunebook-{section}.json", help="default: %(default)s")
+    parser.add_argument("--dry", action="store_true", help="do not write the README")
+    args = parser.parse_args()
+    facts = json.loads(args.facts.read_text()) if args.facts.exists() else {}
+    for part in args.only:
+        facts[part] = todo[part]()
+        args.facts.write_text(json.dumps(facts))
+    text = render({p: facts[p] for p in todo if p in facts})
+    print(text)
+    if not args.dry:
+        put(section, text)

@@ -1,9 +1,7 @@
 """What `tunebook compress` writes and how long it takes, against gzip, bzip2, xz, zstd and a trained model on the same texts."""
 
-import argparse
 import bz2
 import gzip
-import json
 import lzma
 import math
 import re
@@ -11,11 +9,9 @@ import shutil
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import bench
@@ -211,23 +207,6 @@ def render(facts: dict[str, Any]) -> str:
                         *([transformer_table(facts["transformer"])] if "transformer" in facts else [])])
 
 
-def main() -> None:
-    """Run the parts and write the tables."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--only", nargs="*", choices=list(PARTS), default=list(PARTS), metavar="PART", help=", ".join(PARTS))
-    parser.add_argument("--facts", type=Path, default=Path(tempfile.gettempdir()) / "tunebook-coding.json", help="default: %(default)s")
-    parser.add_argument("--dry", action="store_true", help="do not write the README")
-    args = parser.parse_args()
-    torch.set_num_threads(1)
-    facts = json.loads(args.facts.read_text()) if args.facts.exists() else {}
-    for part in args.only:
-        facts[part] = PARTS[part]()
-        args.facts.write_text(json.dumps(facts))
-    text = render(facts)
-    print(text)
-    if not args.dry:
-        bench.put("coding", text)
-
-
 if __name__ == "__main__":
-    main()
+    torch.set_num_threads(1)
+    bench.parts("coding", __doc__, PARTS, render)

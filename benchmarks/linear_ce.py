@@ -6,15 +6,11 @@
 Writes the tables into benchmarks/README.md. The facts of parts that are not run are taken from --facts.
 """
 
-import argparse
-import json
 import os
 import statistics
-import tempfile
 import time
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import bench
@@ -163,22 +159,5 @@ def render(facts: dict[str, Any]) -> str:
     return "\n\n".join(texts)
 
 
-def main() -> None:
-    """Run the parts and write the tables."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--only", nargs="+", choices=list(PARTS), default=list(PARTS), metavar="PART", help=", ".join(PARTS))
-    parser.add_argument("--facts", type=Path, default=Path(tempfile.gettempdir()) / "tunebook-linear-ce.json", help="default: %(default)s")
-    parser.add_argument("--dry", action="store_true", help="do not write the README")
-    args = parser.parse_args()
-    facts = json.loads(args.facts.read_text()) if args.facts.exists() else {}
-    for part in args.only:
-        facts[part] = PARTS[part]()
-        args.facts.write_text(json.dumps({p: facts[p] for p in PARTS if p in facts}))
-    text = render({p: facts[p] for p in PARTS if p in facts})
-    print(text)
-    if not args.dry:
-        bench.put("linear_ce", text)
-
-
 if __name__ == "__main__":
-    main()
+    bench.parts("linear_ce", __doc__, PARTS, render)

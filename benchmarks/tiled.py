@@ -6,16 +6,12 @@
 Writes the tables into benchmarks/README.md. The facts of parts that are not run are taken from --facts.
 """
 
-import argparse
-import json
 import math
 import os
 import statistics
-import tempfile
 import time
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import bench
@@ -256,23 +252,6 @@ def render(facts: dict[str, Any]) -> str:
     return "\n\n".join(texts)
 
 
-def main() -> None:
-    """Run the parts and write the tables."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--only", nargs="+", choices=list(PARTS), default=list(PARTS), metavar="PART", help=", ".join(PARTS))
-    parser.add_argument("--facts", type=Path, default=Path(tempfile.gettempdir()) / "tunebook-tiled.json", help="default: %(default)s")
-    parser.add_argument("--dry", action="store_true", help="do not write the README")
-    args = parser.parse_args()
-    torch.set_num_threads(2)
-    facts = json.loads(args.facts.read_text()) if args.facts.exists() else {}
-    for part in args.only:
-        facts[part] = PARTS[part]()
-        args.facts.write_text(json.dumps({p: facts[p] for p in PARTS if p in facts}))
-    text = render({p: facts[p] for p in PARTS if p in facts})
-    print(text)
-    if not args.dry:
-        bench.put("tiled", text)
-
-
 if __name__ == "__main__":
-    main()
+    torch.set_num_threads(2)
+    bench.parts("tiled", __doc__, PARTS, render)
