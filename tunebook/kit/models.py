@@ -7,6 +7,8 @@ __all__ = ['CATALOGUE', 'FILES', 'Backbone', 'rungs', 'locate', 'load']
 
 # %% ../../nbs/kit/04_models.ipynb #bd4e3d84
 import difflib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -67,18 +69,37 @@ def locate(
     try: return "your path", _folder(Path(path), known.sha256 if known else None)
     except Missing as e: raise FileNotFoundError(f"{e}: the path must be a folder with config.json and model.safetensors") from None
 
+# %% ../../nbs/kit/04_models.ipynb #fbbae4e0
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    "Draw from a seed and leave the global generator as it was; loading is quiet."
+    import torch
+    from transformers.utils import logging
+    level, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            yield
+    finally:
+        logging.set_verbosity(level)
+        if bar: logging.enable_progress_bar()
+
 # %% ../../nbs/kit/04_models.ipynb #4d3c0926
 def load(
     name: str,  # a name of the catalogue; with `path`, any label
     path: str | Path | None = None,  # a local folder that takes precedence
     device: str = "cpu",  # where the model goes
-    **options: Any,  # passed to AutoModel.from_pretrained, such as attn_implementation="eager"
+    auto: str = "AutoModel",  # class of transformers, such as AutoModelForSequenceClassification
+    seed: int = 0,  # for weights the files do not hold, such as a new head's
+    **options: Any,  # passed to from_pretrained, such as num_labels=2 or attn_implementation="eager"
 ) -> tuple[Any, Any]:  # (model in eval mode, tokenizer)
     """Load a backbone and its tokenizer with transformers, from local files only; no remote code runs."""
     folder = locate(name, path)[1]
-    try: from transformers import AutoModel, AutoTokenizer
+    try: import transformers
     except ImportError as e: raise ImportError("loading a model needs transformers: pip install 'tunebook[labs]'") from e
     used(f"model {name}", sha256(folder / "model.safetensors"))
     safe = {"local_files_only": True, "trust_remote_code": False}
-    model = AutoModel.from_pretrained(folder, use_safetensors=True, **safe, **options)
-    return model.to(device).eval(), AutoTokenizer.from_pretrained(folder, **safe)
+    with _seeded(seed): model = getattr(transformers, auto).from_pretrained(folder, use_safetensors=True, **safe, **options)
+    return model.to(device).eval(), transformers.AutoTokenizer.from_pretrained(folder, **safe)
