@@ -12,6 +12,7 @@ __all__ = ['PREFIX', 'LORA', 'TOKENS', 'METHODS', 'TASKS', 'IGNORED', 'Piece', '
 import difflib
 import hashlib
 import json
+import re
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -94,6 +95,7 @@ def inner(
     while isinstance(module, Layer): module = module.base
     return module
 
+# %% ../../nbs/tuning/28_methods.ipynb #d3f02d38
 def is_linear(
     module: nn.Module,
 ) -> bool:
@@ -135,12 +137,13 @@ def find(
     """The layers a method changes; ValueError listing what exists when a name matches nothing."""
     found = {path: m for path, m in layers(model) if kind(m)}
     if names == "all-linear":
-        outside = (*heads(model), *(p for p, m in found.items() if inner(m) is getattr(model, "get_output_embeddings", lambda: None)()))
+        output = getattr(model, "get_output_embeddings", lambda: None)()
+        outside = (*heads(model), *(p for p, m in found.items() if inner(m) is output))
         return {p: m for p, m in found.items() if not any(p == o or p.startswith(f"{o}.") for o in outside)}
     wanted = [names] if isinstance(names, str) else list(names)
     def hit(path: str, name: str) -> bool: return path == name or path.endswith(f".{name}")
-    if bare := [n for n in wanted if not any(hit(p, n) for p in found)] or (not wanted and ["(none given)"]):
-        ends = sorted({p.rsplit(".", 1)[-1] for p in found} | {".".join(p.split(".")[-2:]) for p in found if not p.split(".")[-2:][0].isdigit()})
+    if bare := [n for n in wanted if not any(hit(p, n) for p in found)] or ([] if wanted else ["(no name given)"]):
+        ends = sorted({re.sub(r"^\d+\.", "", ".".join(p.split(".")[-k:])) for p in found for k in (1, 2)})
         raise ValueError(f"no layer is called {', '.join(map(repr, bare))}; this {type(model).__name__} has: {', '.join(ends)}")
     return {p: m for p, m in found.items() if any(hit(p, n) for n in wanted)}
 
@@ -154,6 +157,7 @@ def replace(
     parent, _, leaf = path.rpartition(".")
     setattr(model.get_submodule(parent), leaf, module)
 
+# %% ../../nbs/tuning/28_methods.ipynb #177cbdcc
 def pieces(
     model: nn.Module,
     name: str | None = None,  # of the adapter; None means all
@@ -191,7 +195,8 @@ METHODS = {
     "head": Method("tunebook.tuning.full:head", "the head alone", 1e-1),
     "lora": Method("tunebook.tuning.lora:lora", "a low-rank update beside each target", 1e-3, "LORA", LORA),
     "rslora": Method("tunebook.tuning.lora:rslora", "LoRA scaled by the root of the rank", 1e-3, "LORA", LORA, {"use_rslora": True}),
-    "dora": Method("tunebook.tuning.lora:dora", "LoRA for the direction, a vector for the magnitude", 3e-3, "LORA", LORA, {"use_dora": True}),
+    "dora": Method("tunebook.tuning.lora:dora", "LoRA for the direction, a vector for the magnitude", 3e-3, "LORA", LORA,
+                   {"use_dora": True}),
     "adalora": Method("tunebook.tuning.lora:adalora", "a low-rank update whose rank is allotted in training", 1e-3, "ADALORA"),
     "houlsby": Method("tunebook.tuning.adapters:houlsby", "two bottlenecks a layer", 1e-3),
     "pfeiffer": Method("tunebook.tuning.adapters:pfeiffer", "one bottleneck a layer", 1e-3),
@@ -199,12 +204,15 @@ METHODS = {
                   {"targets": "target_modules", "feedforward": "feedforward_modules"}),
     "bitfit": Method("tunebook.tuning.adapters:bitfit", "the biases", 1e-3),
     "layernorm": Method("tunebook.tuning.adapters:layernorm", "the layer norms", 1e-3, "LN_TUNING", {"targets": "target_modules"}),
-    "prompt": Method("tunebook.tuning.prompts:prompt", "virtual tokens before the text", 5e-2, "PROMPT_TUNING", TOKENS, prefix="base_model."),
+    "prompt": Method("tunebook.tuning.prompts:prompt", "virtual tokens before the text", 5e-2, "PROMPT_TUNING", TOKENS,
+                     prefix="base_model."),
     "prefix": Method("tunebook.tuning.prompts:prefix", "virtual keys and values in each layer", 3e-2, "PREFIX_TUNING", TOKENS,
                      prefix="base_model."),
-    "ptuning": Method("tunebook.tuning.prompts:ptuning", "virtual tokens made by a small network", 1e-2, "P_TUNING", TOKENS, prefix="base_model."),
+    "ptuning": Method("tunebook.tuning.prompts:ptuning", "virtual tokens made by a small network", 1e-2, "P_TUNING", TOKENS,
+                      prefix="base_model."),
 }
 
+# %% ../../nbs/tuning/28_methods.ipynb #a68d7c4b
 def known(
     method: str,  # as typed
 ) -> Method:
@@ -237,6 +245,7 @@ def trainable(
     sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
     return sum(n for n, on in sizes if on), sum(n for n, _ in sizes)
 
+# %% ../../nbs/tuning/28_methods.ipynb #a010bfcd
 def fingerprint(
     model: nn.Module,
     without: Sequence[str] = (),  # names that a parameter's path may not begin with
@@ -249,7 +258,7 @@ def fingerprint(
         digest.update(repr((path.replace(".base.", "."), tuple(p.shape), values)).encode())
     return digest.hexdigest()[:16]
 
-# %% ../../nbs/tuning/28_methods.ipynb #a010bfcd
+# %% ../../nbs/tuning/28_methods.ipynb #be136c0e
 def attach(
     model: nn.Module,  # a transformers model, or any module with linear layers
     method: str,  # a name of METHODS
@@ -275,6 +284,7 @@ def attach(
     adapters(model)[name] = Attached(method, filled, tops, own, base)
     return model
 
+# %% ../../nbs/tuning/28_methods.ipynb #28286d48
 def _take_out(model: nn.Module, name: str | None) -> None:
     "Remove the pieces of an adapter, innermost first, and leave what they stood for."
     found = [(path, m) for path, m in model.named_modules() if isinstance(m, Piece) and name in (None, m.name)]
@@ -286,6 +296,7 @@ def _named(model: nn.Module, name: str | None) -> None:
     if name is not None and name not in adapters(model):
         raise ValueError(f"no adapter is called {name!r} on this model; it has: {', '.join(adapters(model)) or 'none'}")
 
+# %% ../../nbs/tuning/28_methods.ipynb #fd238ab8
 @contextmanager
 def off(
     model: nn.Module,
@@ -313,6 +324,7 @@ def use(
     for _, piece in pieces(model): piece.active = piece.name in names
     return model
 
+# %% ../../nbs/tuning/28_methods.ipynb #42b47c1b
 def detach(
     model: nn.Module,
     name: str | None = None,  # of the adapter; None means all
@@ -332,21 +344,22 @@ def _merge(layer: Layer) -> None:
     plain, weight = inner(layer), weight_of(layer)
     bias = plain.bias
     wide = torch.promote_types(weight.dtype, torch.float32)
-    new_weight, new_bias = layer.merged(weight.to(wide), None if bias is None else bias.to(wide))
+    with torch.no_grad(): new_weight, new_bias = layer.merged(weight.to(wide), None if bias is None else bias.to(wide))
     layer.kept = weight.detach().clone(), None if bias is None else bias.detach().clone()
     _lossy(layer, weight, new_weight)
     weight.data.copy_(new_weight)
     if bias is not None and new_bias is not None: bias.data.copy_(new_bias)
 
+# %% ../../nbs/tuning/28_methods.ipynb #417f54ac
 def _lossy(layer: Layer, weight: Tensor, merged: Tensor) -> None:
     "Warn when rounding to a 16-bit weight loses a visible part of the update."
-    update = (merged - weight).norm()
-    lost = float((merged.to(weight.dtype) - merged).norm() / update) if update > 0 else 0.0
+    update = float((merged - weight.detach()).norm())
+    lost = float((merged.to(weight.dtype) - merged).norm()) / update if update else 0.0
     if weight.dtype.itemsize < 4 and lost > 0.01:
-        warnings.warn(f"merging into {weight.dtype} rounds away {lost:.0%} of the update of {layer.name!r}: keep it apart, or merge in float32",
-                      stacklevel=4)
+        warnings.warn(f"merging into {weight.dtype} rounds away {lost:.0%} of the update of {layer.name!r}: "
+                      "keep it apart, or merge in float32", stacklevel=4)
 
-# %% ../../nbs/tuning/28_methods.ipynb #417f54ac
+# %% ../../nbs/tuning/28_methods.ipynb #21fcc855
 def merge(
     model: nn.Module,
     name: str | None = None,  # of the adapter; None means all
@@ -354,13 +367,14 @@ def merge(
     """Write adapters into the weights, innermost first; `unmerge` brings the old bits back, `detach` makes it final."""
     _named(model, name)
     found = [m for _, m in pieces(model, name)]
-    if not found: raise ValueError(f"nothing to merge: {', '.join(a.method for a in adapters(model).values()) or 'no method'} added no layer")
-    if rigid := [m for m in found if type(m).merged is Layer.merged] if all(isinstance(m, Layer) for m in found) else found:
+    if not found: raise ValueError("nothing to merge: no adapter on this model added a piece")
+    if rigid := [m for m in found if getattr(type(m), "merged", Layer.merged) is Layer.merged]:
         raise ValueError(f"{type(rigid[0]).__name__} cannot be merged: no weight of a plain layer computes the same")
     for layer in reversed(found):
         if layer.active and layer.kept is None: _merge(layer)
     return model
 
+# %% ../../nbs/tuning/28_methods.ipynb #255f525d
 def unmerge(
     model: nn.Module,
     name: str | None = None,  # of the adapter; None means all
@@ -377,7 +391,8 @@ def unmerge(
 
 def _covered(model: nn.Module, layer: Layer) -> bool:
     "Whether a merged layer stands around this one."
-    return any(isinstance(m, Layer) and m.kept is not None and m is not layer and any(x is layer for x in m.modules()) for m in model.modules())
+    merged = [m for m in model.modules() if isinstance(m, Layer) and m.kept is not None and m is not layer]
+    return any(x is layer for m in merged for x in m.modules())
 
 # %% ../../nbs/tuning/28_methods.ipynb #5200226b
 def penalized(
@@ -409,9 +424,11 @@ def _config(model: nn.Module, a: Attached, name: str) -> dict[str, Any]:
     common = {"base_model_name_or_path": base, "modules_to_save": a.head or None, "inference_mode": True}
     if not entry.peft: return {"tunebook_method": a.method, "settings": a.config, **common}
     task = next((t for end, t in TASKS.items() if type(model).__name__.endswith(end)), None)
+    own = {theirs: a.config[ours] for ours, theirs in entry.keys.items()}
     extra = next((p.settings() for _, p in pieces(model, name)), {})
-    return {"peft_type": entry.peft, "task_type": task, **common, **{theirs: a.config[ours] for ours, theirs in entry.keys.items()}, **entry.fixed, **extra}
+    return {"peft_type": entry.peft, "task_type": task, **common, **own, **entry.fixed, **extra}
 
+# %% ../../nbs/tuning/28_methods.ipynb #26c7bc53
 def _tensors(model: nn.Module, a: Attached, name: str) -> dict[str, Tensor]:
     "Everything the adapter trained, by its name in the file."
     own = {f"{METHODS[a.method].prefix}{path}": p for path, p in model.named_parameters() if path in a.own}
@@ -430,6 +447,7 @@ def digest(
         h.update(t.flatten().view(torch.uint8).numpy().tobytes() if t.numel() else b"")
     return h.hexdigest()
 
+# %% ../../nbs/tuning/28_methods.ipynb #4c67f876
 def save_adapter(
     model: nn.Module,
     folder: str | Path,  # made when absent
@@ -439,27 +457,29 @@ def save_adapter(
     from safetensors.torch import save
     _named(model, name)
     a, folder = adapters(model)[name], Path(folder)
-    if any(getattr(p, "kept", None) for _, p in pieces(model, name)): raise ValueError("the adapter is merged: unmerge it before saving it alone")
+    if any(getattr(p, "kept", None) for _, p in pieces(model, name)): raise ValueError(f"{name!r} is merged: unmerge it first")
     tensors = {k: v.detach().cpu().contiguous().clone() for k, v in _tensors(model, a, name).items()}
     write_atomic(folder / "adapter_model.safetensors", save(tensors, {"format": "pt", "sha256": digest(tensors), "base": a.base}))
     write_atomic(folder / "adapter_config.json", json.dumps(_config(model, a, name), indent=2) + "\n")
     return folder
 
 # %% ../../nbs/tuning/28_methods.ipynb #6ac1bb02
-IGNORED = {"peft_type", "task_type", "base_model_name_or_path", "modules_to_save", "inference_mode", "peft_version", "auto_mapping", "revision",
-           "megatron_core", "init_lora_weights", "bias", "fan_in_fan_out", "qalora_group_size", "init_ia3_weights", "init_weights"}
+IGNORED = {"peft_type", "task_type", "base_model_name_or_path", "modules_to_save", "inference_mode", "peft_version", "auto_mapping",
+           "revision", "megatron_core", "init_lora_weights", "fan_in_fan_out", "qalora_group_size", "init_ia3_weights", "init_weights"}
 
 def _chosen(config: dict[str, Any], where: Path) -> tuple[str, dict[str, Any]]:
     "The method and settings that a configuration means."
     if own := config.get("tunebook_method"): return own, config["settings"]
-    fits = [m for m, e in METHODS.items() if e.peft and e.peft == config.get("peft_type") and all(config.get(k) == v for k, v in e.fixed.items())]
-    if not fits: raise ValueError(f"{where} asks for {config.get('peft_type')!r}; known: {', '.join(sorted({e.peft for e in METHODS.values() if e.peft}))}")
+    def same(e: Method) -> bool: return e.peft == config.get("peft_type") and all(config.get(k) == v for k, v in e.fixed.items())
+    fits = [m for m, e in METHODS.items() if e.peft and same(e)]
+    if not fits:
+        types = sorted({e.peft for e in METHODS.values() if e.peft})
+        raise ValueError(f"{where} asks for {config.get('peft_type')!r}, which is not among: {', '.join(types)}")
     method = max(fits, key=lambda m: len(METHODS[m].fixed))
     entry = METHODS[method]
     done = IGNORED | set(entry.keys.values()) | set(entry.fixed) | set(entry.ignored)
     if other := {k: v for k, v in config.items() if v and v != "none" and k not in done}:
         raise ValueError(f"{where} has settings that {method!r} does not know: {other}")
-    if config.get("bias", "none") != "none": raise ValueError(f"{where} trains biases too (bias={config['bias']!r}), which {method!r} does not")
     return method, {ours: config[theirs] for ours, theirs in entry.keys.items() if theirs in config}
 
 # %% ../../nbs/tuning/28_methods.ipynb #05b74928
@@ -473,9 +493,9 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, st
     try:
         with safe_open(folder / "adapter_model.safetensors", "pt") as f:
             tensors, told = {k: f.get_tensor(k) for k in f.keys()}, f.metadata() or {}
-    except SafetensorError as e: raise ValueError(f"{folder / 'adapter_model.safetensors'} is damaged ({e}): save the adapter again") from None
+    except SafetensorError as e: raise ValueError(f"{folder}/adapter_model.safetensors is damaged ({e}): save the adapter again") from None
     if told.get("sha256", "") not in ("", digest(tensors)):
-        raise ValueError(f"{folder / 'adapter_model.safetensors'} is damaged: its tensors are not those that were saved")
+        raise ValueError(f"{folder}/adapter_model.safetensors is damaged, its tensors are not those saved: save the adapter again")
     return config, tensors, told
 
 # %% ../../nbs/tuning/28_methods.ipynb #cf3c1710
@@ -501,15 +521,19 @@ def load_adapter(
         warnings.warn(f"{folder} holds no {', '.join(missing)}: this model's own head stays, trained or not", stacklevel=2)
     return model
 
+# %% ../../nbs/tuning/28_methods.ipynb #5b87a129
 def _take_in(model: nn.Module, name: str, tensors: dict[str, Tensor], told: dict[str, str], folder: Path) -> None:
     "Copy the tensors of a file into an attached adapter."
     a = adapters(model)[name]
-    if told.get("base", a.base) != a.base: raise ValueError(f"{folder} was trained on other weights than this model's: load the base model it names")
+    if told.get("base", a.base) != a.base:
+        raise ValueError(f"{folder} was trained on other weights than this model's: load the base model it was trained on")
     wanted = _tensors(model, a, name)
-    shape = {k: (tuple(tensors[k].shape), tuple(v.shape)) for k, v in wanted.items() if k in tensors and tensors[k].shape != v.shape}
-    if wanted.keys() != tensors.keys(): 
-        raise ValueError(f"{folder} does not fit this model: missing {sorted(wanted.keys() - tensors.keys())[:3]}, not expected {sorted(tensors.keys() - wanted.keys())[:3]}")
-    if shape: raise ValueError(f"{folder} does not fit this model: shapes differ (file, model): {dict(list(shape.items())[:3])}")
+    if wanted.keys() != tensors.keys():
+        absent, extra = (sorted(x)[:3] for x in (wanted.keys() - tensors.keys(), tensors.keys() - wanted.keys()))
+        told = [f"it lacks {', '.join(absent)}"] * bool(absent) + [f"{', '.join(extra)} has no place here"] * bool(extra)
+        raise ValueError(f"{folder} does not fit this model: {'; '.join(told)}")
+    if shape := [(k, tuple(tensors[k].shape), tuple(v.shape)) for k, v in sorted(wanted.items()) if tensors[k].shape != v.shape]:
+        raise ValueError(f"{folder} does not fit this model: {shape[0][0]} has shape {shape[0][1]}, expected {shape[0][2]}")
     mine = pieces(model, name)
     for path, piece in mine: piece.read(path, tensors)
     with torch.no_grad():
