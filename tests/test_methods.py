@@ -109,7 +109,8 @@ def bert(seed=0, cls=BertForSequenceClassification, **more):
 
 def gpt(seed=0):
     torch.manual_seed(seed)
-    return GPT2LMHeadModel(GPT2Config(n_embd=24, n_layer=2, n_head=2, vocab_size=101, n_positions=40, bos_token_id=0, eos_token_id=0)).eval()
+    config = GPT2Config(n_embd=24, n_layer=2, n_head=2, vocab_size=101, n_positions=40, bos_token_id=0, eos_token_id=0)
+    return GPT2LMHeadModel(config).eval()
 
 
 def said(model):
@@ -245,7 +246,8 @@ def test_deepcopy_keeps_the_adapter():
 # Merging
 
 @quick
-@given(seed=st.integers(0, 99), first=st.booleans(), causal=st.booleans(), dtype=st.sampled_from([torch.float64, torch.float32, torch.bfloat16]))
+@given(seed=st.integers(0, 99), first=st.booleans(), causal=st.booleans(),
+       dtype=st.sampled_from([torch.float64, torch.float32, torch.bfloat16]))
 @pytest.mark.filterwarnings("ignore:merging into")
 def test_merge_equals_apart_and_unmerge_restores_the_bits(seed, first, causal, dtype):
     model = (gpt(seed) if causal else bert(seed)).to(dtype)
@@ -364,7 +366,8 @@ QUERY = "base_model.model.bert.encoder.layer.0.attention.self.query.scale"
 SPOILT = {
     "a tensor too few": (lambda f: spoil(f, tensors=lambda t: t.pop(QUERY)), "it lacks .*query.scale"),
     "a tensor too many": (lambda f: spoil(f, tensors=lambda t: t.update(more=torch.ones(1))), "more has no place here"),
-    "another shape": (lambda f: spoil(f, tensors=lambda t: t.update({QUERY: torch.ones(2)})), r"query.scale has shape \(2,\), expected \(32,\)"),
+    "another shape": (lambda f: spoil(f, tensors=lambda t: t.update({QUERY: torch.ones(2)})),
+                      r"query.scale has shape \(2,\), expected \(32,\)"),
     "another value": (lambda f: spoil(f, tensors=lambda t: t[QUERY].add_(1), sign=False), "damaged, its tensors are not those saved"),
     "cut short": (lambda f: (f / "adapter_model.safetensors").write_bytes((f / "adapter_model.safetensors").read_bytes()[:99]), "damaged"),
     "empty": (lambda f: (f / "adapter_model.safetensors").write_bytes(b""), "damaged"),
