@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['PRECISIONS', 'Loss', 'tokens', 'GROWTH', 'Report', 'Recipe', 'classify', 'causal', 'evaluate', 'predict', 'gradient',
-           'update', 'optimizer_of', 'State', 'draw_seed', 'rescale', 'stuck', 'weights_of', 'put_back', 'signature',
-           'save', 'load', 'Run', 'bar', 'trackers', 'Loop', 'next_rows', 'guard', 'one_update', 'judge', 'pack',
-           'unpack', 'fit']
+           'optimizer_of', 'update', 'State', 'draw_seed', 'rescale', 'stuck', 'weights_of', 'put_back', 'signature',
+           'save', 'load', 'by_evaluation', 'Run', 'bar', 'trackers', 'Loop', 'next_rows', 'guard', 'one_update',
+           'judge', 'pack', 'unpack', 'fit']
 
 # %% ../../nbs/tuning/30_train.ipynb #78a433a7
 import hashlib
@@ -114,6 +114,7 @@ def _sum(value: Tensor) -> Tensor:
     from accelerate.utils import reduce
     return reduce(value.to(_world().device), "sum")
 
+# %% ../../nbs/tuning/30_train.ipynb #610e8e98
 def _batch(model: nn.Module, examples: Sequence[Example]) -> dict[str, Tensor]:
     "The examples, padded with the model's own padding token, where the model is."
     filler, where = getattr(getattr(model, "config", None), "pad_token_id", None) or 0, next(model.parameters()).device
@@ -155,6 +156,7 @@ def evaluate(
     if not count: raise ValueError(f"no label of {len(examples)} examples counts: all are missing or {IGNORED}")
     return {"loss": total / count, "accuracy": hits / count}
 
+# %% ../../nbs/tuning/30_train.ipynb #e8bfbb75
 @torch.no_grad()
 def predict(
     model: nn.Module,
@@ -190,6 +192,7 @@ def gradient(
     if world.num_processes > 1: _add_up([p for p in model.parameters() if p.requires_grad])
     return _sum(total).item() / max(1, count), count
 
+# %% ../../nbs/tuning/30_train.ipynb #c20e0296
 def _add_up(params: list[nn.Parameter]) -> None:
     "Sum gradients over the processes; a weight that no process has a gradient for keeps none."
     have = _sum(torch.tensor([float(p.grad is not None) for p in params])).tolist()
@@ -197,6 +200,19 @@ def _add_up(params: list[nn.Parameter]) -> None:
     for p, g, some in zip(params, flat.split([p.numel() for p in params]), have): p.grad = g.view_as(p).to(p.dtype) if some else None
 
 # %% ../../nbs/tuning/30_train.ipynb #8337e621
+def optimizer_of(
+    model: nn.Module,
+    recipe: Recipe,
+    rates: Callable[[nn.Module, Recipe], list[dict[str, Any]]] | None = None,  # parameter groups, each may have an "lr"
+) -> torch.optim.AdamW:
+    """AdamW over what requires a gradient; matrices decay, vectors do not."""
+    if not any(p.requires_grad for p in model.parameters()):
+        raise ValueError("no parameter requires a gradient: attach a method, or unfreeze the head")
+    made = rates(model, recipe) if rates else groups(model, recipe.weight_decay)
+    made = [g | {"peak": g.get("lr", recipe.lr)} for g in made]
+    return torch.optim.AdamW(made, lr=recipe.lr, weight_decay=recipe.weight_decay, fused=True)
+
+# %% ../../nbs/tuning/30_train.ipynb #eb056ea3
 def update(
     optimizer: torch.optim.Optimizer,  # each group with its largest rate as "peak"
     factor: float,  # of the rates
@@ -212,18 +228,6 @@ def update(
     if math.isfinite(norm): optimizer.step()
     return norm
 
-def optimizer_of(
-    model: nn.Module,
-    recipe: Recipe,
-    rates: Callable[[nn.Module, Recipe], list[dict[str, Any]]] | None = None,  # parameter groups, each may have an "lr"
-) -> torch.optim.AdamW:
-    """AdamW over what requires a gradient; matrices decay, vectors do not."""
-    if not any(p.requires_grad for p in model.parameters()):
-        raise ValueError("no parameter requires a gradient: attach a method, or unfreeze the head")
-    made = rates(model, recipe) if rates else groups(model, recipe.weight_decay)
-    made = [g | {"peak": g.get("lr", recipe.lr)} for g in made]
-    return torch.optim.AdamW(made, lr=recipe.lr, weight_decay=recipe.weight_decay, fused=True)
-
 # %% ../../nbs/tuning/30_train.ipynb #2ea7ff3a
 @dataclass
 class State:
@@ -238,10 +242,11 @@ class State:
     stopped: bool = False  # by patience
     seconds: float = 0.0
 
+# %% ../../nbs/tuning/30_train.ipynb #d9b3cc74
 def draw_seed(
     *numbers: int,  # seed, step, process
 ) -> int:
-    """A seed for torch's generators from several numbers; the state of a generator is a function of them and needs no saving."""
+    """A seed for torch's generators from several numbers; a generator's state is a function of them and needs no saving."""
     return int.from_bytes(hashlib.sha256(" ".join(map(str, numbers)).encode()).digest()[:7], "big")
 
 # %% ../../nbs/tuning/30_train.ipynb #80cb7094
@@ -256,6 +261,7 @@ def rescale(
     if not finite: state.scale /= 2
     elif state.calm == GROWTH: state.scale, state.calm = state.scale * 2, 0
 
+# %% ../../nbs/tuning/30_train.ipynb #ba3d8f07
 def stuck(
     before: list[Tensor],  # weights before an update
     after: list[Tensor],  # the same weights after it
@@ -288,6 +294,7 @@ def _digest(model: nn.Module) -> str:
         h.update(p.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return h.hexdigest()
 
+# %% ../../nbs/tuning/30_train.ipynb #4e96cd49
 def signature(
     model: nn.Module,
     train: Sequence[Example],
@@ -339,6 +346,12 @@ def _damage(path: Path) -> str | None:
             if sha256(path / name) != digest: return f"{name} differs from its seal"
     except (OSError, ValueError, AttributeError) as e: return f"{type(e).__name__} in reading it"
 
+def _differences(kept: dict[str, Any], now: dict[str, Any]) -> str:
+    "In words, what differs between two signatures."
+    told = [f"{k} was {a!r}, is {now['recipe'].get(k)!r}" for k, a in kept["recipe"].items() if a != now["recipe"].get(k)]
+    return "; ".join([*told, *(f"other {k}" for k in ("model", "data", "loss", "rates") if kept[k] != now[k])])
+
+# %% ../../nbs/tuning/30_train.ipynb #c786b433
 def load(
     folder: Path,  # of the run
     signed: dict[str, Any],  # signature of this call
@@ -357,12 +370,26 @@ def load(
     if found: raise ValueError(f"every checkpoint in {folder} is damaged: begin again in another folder")
     return None
 
-def _differences(kept: dict[str, Any], now: dict[str, Any]) -> str:
-    "In words, what differs between two signatures."
-    told = [f"{k} was {a!r}, is {now['recipe'].get(k)!r}" for k, a in kept["recipe"].items() if a != now["recipe"].get(k)]
-    return "; ".join([*told, *(f"other {k}" for k in ("model", "data", "loss", "rates") if kept[k] != now[k])])
-
 # %% ../../nbs/tuning/30_train.ipynb #1147208e
+def by_evaluation(
+    history: Sequence[dict[str, float]],  # a row for each update
+) -> list[dict[str, float]]:
+    """The rows with an evaluation, and the last; each with the loss per label since the one before."""
+    rows, mean = [], Mean()
+    for h in history:
+        mean.add(h["loss"] * h["labels"], h["labels"])
+        if "validation_loss" not in h and h is not history[-1]: continue
+        rows.append(h | {"loss": mean.value})
+        mean = Mean()
+    return rows
+
+# %% ../../nbs/tuning/30_train.ipynb #a98d47db
+def _line(h: dict[str, float], best: int) -> str:
+    "A row of the history as a line of the table."
+    told = f"{h['step']:6} {h['epoch']:6.2f} {h['loss']:8.4f}"
+    if "validation_loss" not in h: return told
+    return f"{told} {h['validation_loss']:8.4f} {h['validation_accuracy']:8.3f}" + ("  <- best" if h["step"] == best else "")
+
 @dataclass(repr=False)
 class Run:
     """What came out of `fit`; prints as a table with a row for each evaluation."""
@@ -377,22 +404,13 @@ class Run:
 
     def summary(self) -> list[dict[str, float]]:
         """A row for each evaluation, with the loss per label since the one before."""
-        rows, mean = [], Mean()
-        for h in self.history:
-            mean.add(h["loss"] * h["labels"], h["labels"])
-            if "validation_loss" not in h and h is not self.history[-1]: continue
-            rows.append(h | {"loss": mean.value})
-            mean = Mean()
-        return rows
+        return by_evaluation(self.history)
 
     def __repr__(self) -> str:
         """The table."""
-        lines = [f"{'step':>6} {'epoch':>6} {'loss':>8} {'valid.':>8} {'accuracy':>8}"]
-        for h in self.summary():
-            valid = f" {h['validation_loss']:8.4f} {h['validation_accuracy']:8.3f}" if "validation_loss" in h else ""
-            mark = "  <- best" if valid and h["step"] == self.best else ""
-            lines.append(f"{h['step']:6} {h['epoch']:6.2f} {h['loss']:8.4f}{valid}{mark}")
-        return "\n".join([*lines, f"{self.trainable:,} of {self.total:,} parameters trained ({100 * self.trainable / self.total:.3g} %)"])
+        head, share = f"{'step':>6} {'epoch':>6} {'loss':>8} {'valid.':>8} {'accuracy':>8}", 100 * self.trainable / self.total
+        foot = f"{self.trainable:,} of {self.total:,} parameters trained ({share:.3g} %)"
+        return "\n".join([head, *(_line(h, self.best) for h in self.summary()), foot])
 
 # %% ../../nbs/tuning/30_train.ipynb #7ad06bdf
 Report = Callable[[dict[str, float]], None]  # called with each row of the history, by the main process; may have a `close`
@@ -409,6 +427,7 @@ def bar(
     report.close = line.close
     return report
 
+# %% ../../nbs/tuning/30_train.ipynb #f607976e
 def trackers(
     folder: str | Path,  # where their files go
     project: str | None = None,  # of W&B
@@ -458,6 +477,7 @@ class Loop:
         self.every = r.every or self.epoch
         self.state.silent, self.state.scale = list(self.names.values()), 2.0**16 if r.precision == "fp16" else 1.0
 
+# %% ../../nbs/tuning/30_train.ipynb #1bcbae7e
 def next_rows(
     loop: Loop,
 ) -> list[Example]:
@@ -487,6 +507,17 @@ def guard(
                       "reach them: freeze them or attach them", stacklevel=4)
 
 # %% ../../nbs/tuning/30_train.ipynb #e5188cdc
+@contextmanager
+def _moving(loop: Loop, watch: bool) -> Iterator[None]:
+    "Warn if most weights of 16 bits are not moved by the update inside."
+    coarse = [p for p in loop.names if p.dtype.itemsize == 2 and watch]
+    before = [p.detach().clone() for p in coarse]
+    yield
+    if coarse and (share := stuck(before, coarse, [p.grad for p in coarse])) > 0.5:
+        warnings.warn(f"{share:.0%} of the weights in {coarse[0].dtype} did not move, their updates round to nothing: keep the weights in "
+                      "float32 and pass precision='bf16'", stacklevel=5)
+
+# %% ../../nbs/tuning/30_train.ipynb #246dc040
 def one_update(
     loop: Loop,
 ) -> dict[str, float]:  # its row of the history
@@ -499,13 +530,8 @@ def one_update(
     loop.model.train()
     value, labels = gradient(loop.model, rows, loop.loss, r.accumulate, r.precision, s.scale)
     factor = schedule(s.step, loop.total, r.warmup)
-    coarse = [p for p in loop.names if p.dtype.itemsize == 2 and factor == 1]
-    before = [p.detach().clone() for p in coarse]
-    norm = update(loop.optimizer, factor, r.clip, s.scale) if math.isfinite(value) else math.nan
+    with _moving(loop, watch=factor == 1): norm = update(loop.optimizer, factor, r.clip, s.scale) if math.isfinite(value) else math.nan
     guard(loop, value, norm)
-    if coarse and (share := stuck(before, coarse, [p.grad for p in coarse])) > 0.5:
-        warnings.warn(f"{share:.0%} of the weights in {coarse[0].dtype} did not move, their updates round to nothing: keep the weights in "
-                      "float32 and pass precision='bf16'", stacklevel=3)
     s.step += 1
     return {"step": s.step, "epoch": s.step / loop.epoch, "loss": value, "labels": labels,
             "rate": max(g["lr"] for g in loop.optimizer.param_groups), "norm": norm}
@@ -548,6 +574,48 @@ def unpack(
         name, _, what = key.rpartition("/")
         loop.optimizer.state[of[name]][what] = v.to(of[name].device)
 
+# %% ../../nbs/tuning/30_train.ipynb #75a8973c
+def _check(train: Sequence[Example], validation: Sequence[Example] | None, recipe: Recipe) -> None:
+    "Refuse what cannot be trained or judged."
+    if not train: raise ValueError("expected training examples, got none: give it rows")
+    if validation is not None and not validation: raise ValueError("the validation set is empty: give it rows, or pass None")
+    if recipe.patience and validation is None: raise ValueError("patience needs a validation set to wait on: pass one, or patience=None")
+
+def _spread(model: nn.Module) -> None:
+    "All processes take the weights of the first."
+    from accelerate.utils import broadcast
+    for t in [*model.parameters(), *model.buffers()]: broadcast(t.detach())
+
+# %% ../../nbs/tuning/30_train.ipynb #f09e768e
+def _begin(loop: Loop, folder: str | Path | None) -> tuple[Loop, dict[str, Any]]:
+    "Go on from the folder's checkpoint, if it has one; the signature of the run."
+    if not folder: return loop, {}
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(loop.recipe.seed)
+    signed = signature(loop.model, loop.train, loop.validation, loop.recipe, loop.loss, loop.optimizer)
+    if kept := load(Path(folder), signed): unpack(loop, *kept)
+    return loop, signed
+
+# %% ../../nbs/tuning/30_train.ipynb #dc1ede54
+def _advance(loop: Loop, told: Sequence[Report], folder: str | Path | None, signed: dict[str, Any]) -> None:
+    "One update, and when it is due an evaluation and a checkpoint."
+    start, s = time.perf_counter(), loop.state
+    row = one_update(loop)
+    due = s.step % loop.every == 0 or s.step == loop.total
+    if due: row |= judge(loop)
+    s.history.append(row)
+    for r in told: r(row)
+    s.seconds += time.perf_counter() - start
+    if folder and due and _world().is_main_process: save(Path(folder), s, signed, pack(loop))
+
+def _result(loop: Loop) -> Run:
+    "What a loop has come to."
+    s, sizes = loop.state, [(p.numel(), p.requires_grad) for p in loop.model.parameters()]
+    best = s.best if loop.top else s.step
+    row = next((h for h in s.history if h["step"] == best), {})
+    metrics = {k.removeprefix("validation_"): v for k, v in row.items() if k.startswith("validation_")}
+    return Run(loop.recipe, s.history, best, metrics, sum(n for n, on in sizes if on), sum(n for n, _ in sizes), s.seconds, loop.model)
+
 # %% ../../nbs/tuning/30_train.ipynb #170eb6e4
 def fit(
     model: nn.Module,  # trained in place: what requires a gradient
@@ -575,43 +643,3 @@ def fit(
     if loop.top: put_back(model, loop.top)
     model.eval()
     return _result(loop)
-
-# %% ../../nbs/tuning/30_train.ipynb #a7f43678
-def _check(train: Sequence[Example], validation: Sequence[Example] | None, recipe: Recipe) -> None:
-    "Refuse what cannot be trained or judged."
-    if not train: raise ValueError("expected training examples, got none: give it rows")
-    if validation is not None and not validation: raise ValueError("the validation set is empty: give it rows, or pass None")
-    if recipe.patience and validation is None: raise ValueError("patience needs a validation set to wait on: pass one, or patience=None")
-
-def _spread(model: nn.Module) -> None:
-    "All processes take the weights of the first."
-    from accelerate.utils import broadcast
-    for t in [*model.parameters(), *model.buffers()]: broadcast(t.detach())
-
-def _begin(loop: Loop, folder: str | Path | None) -> tuple[Loop, dict[str, Any]]:
-    "Go on from the folder's checkpoint, if it has one; the signature of the run."
-    if not folder: return loop, {}
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    torch.manual_seed(loop.recipe.seed)
-    signed = signature(loop.model, loop.train, loop.validation, loop.recipe, loop.loss, loop.optimizer)
-    if kept := load(Path(folder), signed): unpack(loop, *kept)
-    return loop, signed
-
-def _advance(loop: Loop, told: Sequence[Report], folder: str | Path | None, signed: dict[str, Any]) -> None:
-    "One update, and when it is due an evaluation and a checkpoint."
-    start, s = time.perf_counter(), loop.state
-    row = one_update(loop)
-    due = s.step % loop.every == 0 or s.step == loop.total
-    if due: row |= judge(loop)
-    s.history.append(row)
-    for r in told: r(row)
-    s.seconds += time.perf_counter() - start
-    if folder and due and _world().is_main_process: save(Path(folder), s, signed, pack(loop))
-
-def _result(loop: Loop) -> Run:
-    "What a loop has come to."
-    s, sizes = loop.state, [(p.numel(), p.requires_grad) for p in loop.model.parameters()]
-    best = s.best if loop.top else s.step
-    row = next((h for h in s.history if h["step"] == best), {})
-    metrics = {k.removeprefix("validation_"): v for k, v in row.items() if k.startswith("validation_")}
-    return Run(loop.recipe, s.history, best, metrics, sum(n for n, on in sizes if on), sum(n for n, _ in sizes), s.seconds, loop.model)
