@@ -108,7 +108,7 @@ def weight_of(
 ) -> Tensor:  # [out, in], sharing memory with the parameter
     """The weight as (out, in), whichever way the layer stores it."""
     plain = inner(module)
-    return plain.weight if isinstance(plain, nn.Linear) else plain.weight.T
+    return plain.weight.T if type(plain).__name__ == "Conv1D" else plain.weight
 
 # %% ../../nbs/tuning/28_methods.ipynb #e0cc1ab0
 def heads(
