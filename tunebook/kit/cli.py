@@ -285,7 +285,7 @@ def catalogue(
         nb, old = read_notebook(root / "nbs" / f"{name}.ipynb"), read_ledger(root, name) or {}
         module = next((line.split()[-1] for c in nb.cells for line in c.source.splitlines() if line.startswith("#| default_exp")), "")
         title = nb.cells[0].source.splitlines()[0].lstrip("# ")
-        rows.append({"name": name, "title": title, "module": f"tunebook.{module}" if module else "",
+        rows.append({"name": name, "title": title, "module": f"tunebook.{module}".removesuffix(".__init__") if module else "",
                      "claims": len(old.get("claims", [])), "seconds": old.get("seconds")})
     return rows
 
@@ -396,7 +396,8 @@ ELSEWHERE = {
             "--seed": {"type": int, "default": 0, "help": "of sample, head, order and dropout (default: %(default)s)"},
             "--device": {"default": "cpu", "help": "cpu or cuda (default: %(default)s)"},
             "--test": {"action": "store_true", "help": "also judge on the test split, at the end"},
-            "--set": {"nargs": 2, "action": "append", "default": [], "metavar": ("NAME", "VALUE"), "help": "another setting of recipe or method"},
+            "--set": {"nargs": 2, "action": "append", "default": [], "metavar": ("NAME", "VALUE"),
+                      "help": "another setting of the recipe or the method"},
             "--out": {"metavar": "DIR", "help": "checkpoints and the adapter (default: _tune/METHOD-SEED)"}}),
 }
 
