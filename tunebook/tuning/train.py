@@ -467,6 +467,7 @@ class Loop:
     state: State = field(default_factory=State)
     top: dict[str, Tensor] = field(default_factory=dict)  # the best weights
     order: tuple[int, list[list[int]]] = (-1, [])  # an epoch and its batches
+    after: Callable[[nn.Module, int, int], None] | None = None  # called after each update: model, update from 0, updates of the run
 
     def __post_init__(self) -> None:
         """Count the updates and begin with a fresh state."""
@@ -532,6 +533,7 @@ def one_update(
     factor = schedule(s.step, loop.total, r.warmup)
     with _moving(loop, watch=factor == 1): norm = update(loop.optimizer, factor, r.clip, s.scale) if math.isfinite(value) else math.nan
     guard(loop, value, norm)
+    if loop.after: loop.after(loop.model, s.step, loop.total)
     s.step += 1
     return {"step": s.step, "epoch": s.step / loop.epoch, "loss": value, "labels": labels,
             "rate": max(g["lr"] for g in loop.optimizer.param_groups), "norm": norm}
@@ -628,13 +630,14 @@ def fit(
     folder: str | Path | None = None,  # of checkpoints; the same call goes on from the last one there
     progress: bool = False,  # a bar on stderr
     report: Sequence[Report] = (),  # called with each row of the history
+    after: Callable[[nn.Module, int, int], None] | None = None,  # called after each update, as `methods.after_update`
 ) -> Run:
     """Train, evaluate, keep the best; with a folder, the same call after a crash goes on where it stopped, to the bit."""
     _check(train, validation, recipe)
     world = _world()
     if world.num_processes > 1: _spread(model.to(world.device))
     with torch.random.fork_rng(devices={p.device for p in model.parameters() if p.device.type == "cuda"}):
-        loop, signed = _begin(Loop(model, train, validation, recipe, loss, optimizer_of(model, recipe, rates)), folder)
+        loop, signed = _begin(Loop(model, train, validation, recipe, loss, optimizer_of(model, recipe, rates), after=after), folder)
         told = [*report, *([bar(loop.total)] if progress else [])] if world.is_main_process else []
         try:
             while loop.state.step < loop.total and not loop.state.stopped: _advance(loop, told, folder, signed)
