@@ -164,7 +164,11 @@ class Masked:
 
 def test_rows_that_are_drawn_when_looked_at_resume_too(toy, tmp_path):
     def run(**more):
-        return fit(toy.Toy(classes=23, each=True), Masked(toy.rows(30, 0)), None, Recipe(lr=0.05, batch=8, every=2), loss=tokens, **more)
+        recipe = Recipe(lr=0.05, batch=8, every=2)
+        return fit(toy.Toy(classes=23, each=True), Masked(toy.rows(30, 0)), Masked(toy.rows(9, 1)), recipe, loss=tokens, **more)
+    model, before = toy.Toy(classes=23, each=True), torch.get_rng_state()
+    fit(model, Masked(toy.rows(30, 0)), Masked(toy.rows(9, 1)), Recipe(batch=8, steps=2), loss=tokens)
+    assert torch.equal(before, torch.get_rng_state())
     whole = run()
     with pytest.raises(Stop):
         run(folder=tmp_path, report=[stop_at(7)])
@@ -402,7 +406,8 @@ def test_what_cannot_be_trained(toy, tmp_path):
                        ((model, rows, None, Recipe(patience=1)), "patience needs a validation set"),
                        ((toy.Toy().requires_grad_(False), rows, None, Recipe()), "no parameter requires a gradient: attach a method"),
                        ((model, [{"input_ids": [1], "label": 2}], None, Recipe()), "labels must be 0 to 1 or -100, got 2"),
-                       ((model, rows, [{"input_ids": [1], "labels": [IGNORED]}], Recipe()), "need labels|counts")):
+                       ((model, rows, [{"input_ids": [1], "labels": [IGNORED]}], Recipe()), "no label of the validation examples counts"),
+                       ((model, [{"input_ids": [1]}], None, Recipe()), "no label of the training examples counts")):
         with pytest.raises(ValueError, match=told):
             fit(*args)
     with pytest.raises(FloatingPointError, match="update 2: the loss is (nan|inf), .* smaller lr than 1e"):
