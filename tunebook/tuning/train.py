@@ -545,6 +545,7 @@ def judge(
     """Validate, remember the best weights, and stop when patience is over."""
     s, r = loop.state, loop.recipe
     if not loop.validation: return {}
+    torch.manual_seed(draw_seed(r.seed))  # what validation rows draw is the same each time
     now, old = evaluate(loop.model, loop.validation, loop.loss), next((h for h in s.history if h["step"] == s.best), None)
     if not math.isfinite(now["loss"]): raise FloatingPointError(f"update {s.step}: validation loss {now['loss']}: take a smaller lr")
     def merit(loss: float, accuracy: float) -> tuple[float, ...]: return (-loss,) if r.by == "loss" else (accuracy, -loss)
@@ -581,6 +582,8 @@ def _check(train: Sequence[Example], validation: Sequence[Example] | None, recip
     "Refuse what cannot be trained or judged."
     if not train: raise ValueError("expected training examples, got none: give it rows")
     if validation is not None and not validation: raise ValueError("the validation set is empty: give it rows, or pass None")
+    for rows, name in ((train, "training"), (validation, "validation")):
+        if rows and not any(map(counted, rows)): raise ValueError(f"no label of the {name} examples counts: give each a label from 0")
     if recipe.patience and validation is None: raise ValueError("patience needs a validation set to wait on: pass one, or patience=None")
 
 def _spread(model: nn.Module) -> None:
@@ -633,10 +636,10 @@ def fit(
     after: Callable[[nn.Module, int, int], None] | None = None,  # called after each update, as `methods.after_update`
 ) -> Run:
     """Train, evaluate, keep the best; with a folder, the same call after a crash goes on where it stopped, to the bit."""
-    _check(train, validation, recipe)
     world = _world()
     if world.num_processes > 1: _spread(model.to(world.device))
     with torch.random.fork_rng(devices={p.device for p in model.parameters() if p.device.type == "cuda"}):
+        _check(train, validation, recipe)
         loop, signed = _begin(Loop(model, train, validation, recipe, loss, optimizer_of(model, recipe, rates), after=after), folder)
         told = [*report, *([bar(loop.total)] if progress else [])] if world.is_main_process else []
         try:
