@@ -95,10 +95,10 @@ def models(names: list[str]) -> dict[str, nn.Module]:
     for name in names:
         found[f"{name}, peft"] = theirs = PAIRS[name].peft(minilm())
         found[f"{name}, ours"] = ours = PAIRS[name].ours(minilm())
-        source, mine = ([p for _, p in sorted((plain_name(n), p) for n, p in m.named_parameters() if p.requires_grad)] for m in (theirs, ours))
+        source, mine = ({plain_name(n): p for n, p in m.named_parameters() if p.requires_grad} for m in (theirs, ours))
         with torch.no_grad():
-            for a, b in zip(mine, source, strict=True):
-                a.copy_(b)
+            for n, p in mine.items():
+                p.copy_(source[n])
     return found
 
 
@@ -137,7 +137,8 @@ def render(facts: dict[str, Any]) -> str:
     """All tables."""
     shapes = [p for p in facts if p != "memory"]
     versions = bench.versions(os.sys.executable, "torch", "transformers", "peft")
-    texts = [f"{bench.machine()}, {bench.today()}. {versions}, {torch.get_num_threads()} thread, {torch.backends.cpu.get_cpu_capability()}."]
+    isa = torch.backends.cpu.get_cpu_capability()
+    texts = [f"{bench.machine()}, {bench.today()}. {versions}, {torch.get_num_threads()} thread, {isa}."]
     rows = []
     for name, pair in PAIRS.items():
         values = [ratio(facts[s], f"{name}, ours", f"{name}, peft")[0] for s in shapes]
@@ -149,7 +150,7 @@ def render(facts: dict[str, Any]) -> str:
             rows.append([f"{name}: peak over peft's, {where}", f"{value:.3f}", "at most 1", "yes" if value <= 1 else "no"])
     texts.append(table(["", "measured", "target", "met"], rows))
     rows = [[s, name, f"{1e3 * statistics.median(facts[s]['seconds'][FULL]):.0f} ms",
-             *(spread(ratio(facts[s], a, b)) for a, b in ((f"{name}, ours", f"{name}, peft"), (f"{name}, ours", FULL), (f"{name}, peft", FULL))),
+             *(spread(ratio(facts[s], f"{name}, {a}", b)) for a, b in (("ours", f"{name}, peft"), ("ours", FULL), ("peft", FULL))),
              f"{len(facts[s]['seconds'][FULL])} ({facts[s]['thrown']})"] for name in PAIRS for s in shapes]
     texts.append("CPU time of a step: median of the ratios within a round, smallest and largest in brackets.\n\n" + table(
         ["rows x length", "", "full", "ours / peft", "ours / full", "peft / full", "rounds (thrown away)"], rows))
