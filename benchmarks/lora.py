@@ -10,6 +10,7 @@ Another method is one more row of PAIRS.
 import os
 import statistics
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -29,6 +30,7 @@ from torch import Tensor, nn
 from tunebook.kit.models import load
 from tunebook.tuning.methods import attach
 
+warnings.filterwarnings("ignore", category=FutureWarning)  # peft calls what transformers has renamed
 SHAPES = [(rows, length) for rows in (16, 32) for length in (32, 64, 128)]
 SHARE = float(os.environ.get("BENCH_SHARE", "0.05"))  # of a core that other processes may take in a round
 FULL = "full"
