@@ -112,7 +112,7 @@ def times(rows: int, length: int, n: int, names: list[str] | None = None, limit:
         a, b = ([calls[f"{name}, {who}"]() for _ in range(2)] for who in ("ours", "peft"))
         if max(abs(x - y) for x, y in zip(a, b)) > 1e-5:
             raise SystemExit(f"{name}: losses differ, ours {a}, peft {b}: only equal methods are compared")
-    found = rounds(calls, n, limit, share=SHARE, clock=time.process_time)
+    found = rounds(calls, n, limit, share=SHARE, clock=time.process_time) | {"share": SHARE}
     print(rows, length, {m: round(ratio(found, f"{m}, ours", f"{m}, peft")[0], 3) for m in names}, flush=True)
     return found
 
@@ -153,9 +153,9 @@ def render(facts: dict[str, Any]) -> str:
     texts.append(table(["", "measured", "target", "met"], rows))
     rows = [[s, name, f"{1e3 * statistics.median(facts[s]['seconds'][FULL]):.0f} ms",
              *(spread(ratio(facts[s], f"{name}, {a}", b)) for a, b in (("ours", f"{name}, peft"), ("ours", FULL), ("peft", FULL))),
-             f"{len(facts[s]['seconds'][FULL])} ({facts[s]['thrown']})"] for name in PAIRS for s in shapes]
+             f"{len(facts[s]['seconds'][FULL])} ({facts[s]['thrown']})", f"{facts[s].get('share', 0.05):.2f}"] for name in PAIRS for s in shapes]
     texts.append("CPU time of a step: median of the ratios within a round, smallest and largest in brackets.\n\n" + table(
-        ["rows x length", "", "full", "ours / peft", "ours / full", "peft / full", "rounds (thrown away)"], rows))
+        ["rows x length", "", "full", "ours / peft", "ours / full", "peft / full", "rounds (thrown)", "others, at most"], rows))
     if "memory" in facts:
         texts.append("Peak MB that a step allocates beside weights and optimizer:\n\n" + table(
             ["rows x length", *next(iter(facts["memory"].values()))],
