@@ -3,12 +3,14 @@
     OMP_NUM_THREADS=1 python benchmarks/lora.py                 # about six minutes
     OMP_NUM_THREADS=1 python benchmarks/lora.py --only "16 x 32" memory
 
-Writes the tables into benchmarks/README.md. The facts of parts that are not run are taken from --facts. Another method is one more row of PAIRS.
+Writes the tables into benchmarks/README.md. The facts of parts that are not run are taken from --facts.
+Another method is one more row of PAIRS.
 """
 
 import os
 import statistics
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -28,6 +30,7 @@ from torch import Tensor, nn
 from tunebook.kit.models import load
 from tunebook.tuning.methods import attach
 
+warnings.filterwarnings("ignore", category=FutureWarning)  # peft calls what transformers has renamed
 SHAPES = [(rows, length) for rows in (16, 32) for length in (32, 64, 128)]
 SHARE = float(os.environ.get("BENCH_SHARE", "0.05"))  # of a core that other processes may take in a round
 FULL = "full"
@@ -46,7 +49,8 @@ class Pair:
 def _lora(targets: Any, worst: float, median: float) -> Pair:
     """LoRA of rank 8."""
     return Pair(partial(attach, method="lora", r=8, alpha=16, targets=targets),
-                lambda m: get_peft_model(m, LoraConfig(task_type="SEQ_CLS", r=8, lora_alpha=16, target_modules=targets)), worst, median)
+                lambda m: get_peft_model(m, LoraConfig(task_type="SEQ_CLS", r=8, lora_alpha=16, target_modules=targets)),
+                worst, median)
 
 
 PAIRS = {"LoRA, query and value": _lora(["query", "value"], 1.00, 0.97), "LoRA, all linear": _lora("all-linear", 0.92, 0.87)}
@@ -54,8 +58,8 @@ PAIRS = {"LoRA, query and value": _lora(["query", "value"], 1.00, 0.97), "LoRA, 
 
 def minilm() -> nn.Module:
     """MiniLM with a head, without dropout, in training mode."""
-    model = load("minilm", auto="AutoModelForSequenceClassification", num_labels=2, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)[0]
-    return model.train()
+    quiet = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    return load("minilm", auto="AutoModelForSequenceClassification", num_labels=2, **quiet)[0].train()
 
 
 def step(model: nn.Module, batch: dict[str, Tensor]) -> Callable[[], float]:
@@ -80,18 +84,23 @@ def draw(rows: int, length: int) -> dict[str, Tensor]:
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": torch.randint(2, (rows,), generator=g)}
 
 
+def plain_name(name: str) -> str:
+    """A parameter's name without what peft adds to it."""
+    for extra in ("base_model.model.", ".modules_to_save", ".default", "lora_", ".weight"):
+        name = name.replace(extra, "")
+    return name
+
+
 def models(names: list[str]) -> dict[str, nn.Module]:
     """Full fine-tuning, and each pair, ours and peft's with the same start."""
     found = {FULL: minilm()}
     for name in names:
         found[f"{name}, peft"] = theirs = PAIRS[name].peft(minilm())
         found[f"{name}, ours"] = ours = PAIRS[name].ours(minilm())
-        source = [p for _, p in sorted((n.replace(".default", "").replace("modules_to_save.", "").removeprefix("base_model.model.").replace("lora_", "")
-                                        .replace(".weight", ""), p) for n, p in theirs.named_parameters() if p.requires_grad)]
-        mine = [p for _, p in sorted((n.replace(".weight", ""), p) for n, p in ours.named_parameters() if p.requires_grad)]
+        source, mine = ({plain_name(n): p for n, p in m.named_parameters() if p.requires_grad} for m in (theirs, ours))
         with torch.no_grad():
-            for a, b in zip(mine, source, strict=True):
-                a.copy_(b)
+            for n, p in mine.items():
+                p.copy_(source[n])
     return found
 
 
@@ -103,7 +112,7 @@ def times(rows: int, length: int, n: int, names: list[str] | None = None, limit:
         a, b = ([calls[f"{name}, {who}"]() for _ in range(2)] for who in ("ours", "peft"))
         if max(abs(x - y) for x, y in zip(a, b)) > 1e-5:
             raise SystemExit(f"{name}: losses differ, ours {a}, peft {b}: only equal methods are compared")
-    found = rounds(calls, n, limit, share=SHARE, clock=time.process_time)
+    found = rounds(calls, n, limit, share=SHARE, clock=time.process_time) | {"share": SHARE}
     print(rows, length, {m: round(ratio(found, f"{m}, ours", f"{m}, peft")[0], 3) for m in names}, flush=True)
     return found
 
@@ -120,34 +129,37 @@ def memory(names: list[str] | None = None) -> dict[str, dict[str, int]]:
     return found
 
 
-ROUNDS = {32: 24, 64: 16, 128: 9}
+ROUNDS = {512: 24, 1024: 14, 2048: 9, 4096: 5}  # by rows times length
 PARTS: dict[str, Callable[[], dict[str, Any]]] = {
-    **{f"{rows} x {length}": partial(times, rows, length, ROUNDS[length] if rows == 16 else ROUNDS[length] * 2 // 3) for rows, length in SHAPES},
+    **{f"{rows} x {length}": partial(times, rows, length, ROUNDS[rows * length]) for rows, length in SHAPES},
     "memory": memory}
 
 
 def render(facts: dict[str, Any]) -> str:
     """All tables."""
     shapes = [p for p in facts if p != "memory"]
-    texts = [f"{bench.machine()}, {bench.today()}. {bench.versions(os.sys.executable, 'torch', 'transformers', 'peft')}, {torch.get_num_threads()} thread, "
-             f"{torch.backends.cpu.get_cpu_capability()}."]
+    versions = bench.versions(os.sys.executable, "torch", "transformers", "peft")
+    isa = torch.backends.cpu.get_cpu_capability()
+    texts = [f"{bench.machine()}, {bench.today()}. {versions}, {torch.get_num_threads()} thread, {isa}."]
     rows = []
     for name, pair in PAIRS.items():
         values = [ratio(facts[s], f"{name}, ours", f"{name}, peft")[0] for s in shapes]
-        for what, value, most in (("the worst shape", max(values), pair.worst), ("median of the shapes", statistics.median(values), pair.median)):
+        both = (("the worst shape", max(values), pair.worst), ("median of the shapes", statistics.median(values), pair.median))
+        for what, value, most in both:
             rows.append([f"{name}: time over peft's, {what}", f"{value:.3f}", f"at most {most:.2f}", "yes" if value <= most else "no"])
         for where, p in facts.get("memory", {}).items():
             value = p[f"{name}, ours"] / p[f"{name}, peft"]
             rows.append([f"{name}: peak over peft's, {where}", f"{value:.3f}", "at most 1", "yes" if value <= 1 else "no"])
     texts.append(table(["", "measured", "target", "met"], rows))
-    rows = [[s, f"{1e3 * statistics.median(facts[s]['seconds'][FULL]):.0f} ms", name, spread(ratio(facts[s], f"{name}, ours", f"{name}, peft")),
-             spread(ratio(facts[s], f"{name}, ours", FULL)), spread(ratio(facts[s], f"{name}, peft", FULL)),
-             f"{len(facts[s]['seconds'][FULL])} ({facts[s]['thrown']})"] for name in PAIRS for s in shapes]
+    rows = [[s, name, f"{1e3 * statistics.median(facts[s]['seconds'][FULL]):.0f} ms",
+             *(spread(ratio(facts[s], f"{name}, {a}", b)) for a, b in (("ours", f"{name}, peft"), ("ours", FULL), ("peft", FULL))),
+             f"{len(facts[s]['seconds'][FULL])} ({facts[s]['thrown']})", f"{facts[s].get('share', 0.05):.2f}"] for name in PAIRS for s in shapes]
     texts.append("CPU time of a step: median of the ratios within a round, smallest and largest in brackets.\n\n" + table(
-        ["rows x length", "full", "", "ours / peft", "ours / full", "peft / full", "rounds (thrown away)"], rows))
+        ["rows x length", "", "full", "ours / peft", "ours / full", "peft / full", "rounds (thrown)", "others, at most"], rows))
     if "memory" in facts:
         texts.append("Peak MB that a step allocates beside weights and optimizer:\n\n" + table(
-            ["rows x length", *facts["memory"][next(iter(facts["memory"]))]], [[s, *(f"{b / 1e6:.1f}" for b in p.values())] for s, p in facts["memory"].items()]))
+            ["rows x length", *next(iter(facts["memory"].values()))],
+            [[s, *(f"{b / 1e6:.1f}" for b in p.values())] for s, p in facts["memory"].items()]))
     return "\n\n".join(texts)
 
 
