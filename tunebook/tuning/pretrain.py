@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['SPECIAL', 'PAD', 'END', 'IGNORED', 'Corruption', 'wordpiece', 'byte_bpe', 'choose', 'mask_tokens', 'delete_tokens',
            'swap_order', 'causal_labels', 'lm_loss', 'tiny_bert', 'tiny_gpt', 'batches', 'pad', 'learn', 'pretrain',
-           'bits', 'unigram_bits', 'Pooled']
+           'bits', 'unigram_bits', 'Pooled', 'corpus', 'save', 'build']
 
-# %% ../../nbs/tuning/31_pretrain.ipynb #4d1b25a2
+# %% ../../nbs/tuning/31_pretrain.ipynb #504b4480
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -21,7 +21,7 @@ from ..entropy.xent import log_softmax
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-# %% ../../nbs/tuning/31_pretrain.ipynb #1abdb83e
+# %% ../../nbs/tuning/31_pretrain.ipynb #de476266
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")  # numbers 0 to 4
 
 def wordpiece(
@@ -42,7 +42,7 @@ def wordpiece(
     named = {s.strip("[]").lower() + "_token": s for s in SPECIAL}
     return PreTrainedTokenizerFast(tokenizer_object=made, model_input_names=["input_ids", "token_type_ids", "attention_mask"], **named)
 
-# %% ../../nbs/tuning/31_pretrain.ipynb #7ac98790
+# %% ../../nbs/tuning/31_pretrain.ipynb #fac3d8e8
 PAD, END = "<|pad|>", "<|endoftext|>"  # numbers 0 and 1
 
 def byte_bpe(
@@ -58,7 +58,7 @@ def byte_bpe(
     made.train_from_iterator(texts, trainer)
     return PreTrainedTokenizerFast(tokenizer_object=made, clean_up_tokenization_spaces=False, bos_token=END, eos_token=END, pad_token=PAD)
 
-# %% ../../nbs/tuning/31_pretrain.ipynb #d62f1589
+# %% ../../nbs/tuning/31_pretrain.ipynb #a7d8f6d9
 IGNORED = -100  # label of places that do not count, as in F.cross_entropy
 
 def _share(name: str, value: float, top: float) -> None:
@@ -79,7 +79,7 @@ def choose(
     latest = torch.where(starts, place, -span).cummax(1).values
     return (place - latest < span)[:, span - 1:], latest[:, span - 1:] + span
 
-# %% ../../nbs/tuning/31_pretrain.ipynb #424738d7
+# %% ../../nbs/tuning/31_pretrain.ipynb #3badc7e7
 def mask_tokens(
     ids: Tensor,  # (B, T)
     generator: torch.Generator,  # on the CPU
@@ -99,7 +99,7 @@ def mask_tokens(
     shown = torch.where(u < split[0], mask, torch.where(u < sum(split), drawn, ids))
     return torch.where(hidden, shown, ids), ids.masked_fill(~hidden, IGNORED)
 
-# %% ../../nbs/tuning/31_pretrain.ipynb #13b6b3bf
+# %% ../../nbs/tuning/31_pretrain.ipynb #ac73f754
 def delete_tokens(
     ids: Tensor,  # (B, T)
     generator: torch.Generator,  # on the CPU
@@ -116,7 +116,7 @@ def delete_tokens(
     labels = torch.where(gone, ids, IGNORED).roll(-1, 1).gather(1, order).masked_fill(ends, IGNORED)
     return ids.gather(1, order).masked_fill(ends, pad), labels
 
-# %% ../../nbs/tuning/31_pretrain.ipynb #b7f51a9e
+# %% ../../nbs/tuning/31_pretrain.ipynb #5416c220
 def swap_order(
     pairs: Sequence[tuple[list[int], list[int]]],  # tokens of two pieces of text, in their order, without marks
     generator: torch.Generator,
@@ -130,7 +130,7 @@ def swap_order(
         rows.append({"input_ids": [cls, *a, sep, *b, sep], "token_type_ids": [0] * (len(a) + 2) + [1] * (len(b) + 1), "label": swapped})
     return rows
 
-# %% ../../nbs/tuning/31_pretrain.ipynb #0fb9390c
+# %% ../../nbs/tuning/31_pretrain.ipynb #7198843d
 def causal_labels(
     ids: Tensor,  # (B, T)
     generator: torch.Generator | None = None,  # nothing is drawn from it
@@ -149,7 +149,7 @@ def lm_loss(
     kept = labels != IGNORED
     return log_softmax(logits[kept]).gather(-1, labels[kept][:, None]).neg().sum() / kept.sum().clamp(min=1)
 
-# %% ../../nbs/tuning/31_pretrain.ipynb #cffcddf4
+# %% ../../nbs/tuning/31_pretrain.ipynb #6b4e1033
 def tiny_bert(
     vocab: int,  # V
     seed: int = 0,
@@ -176,7 +176,7 @@ def tiny_gpt(
         return GPT2LMHeadModel(GPT2Config(vocab_size=vocab, n_embd=width, n_layer=layers, n_head=4, n_inner=2 * width, n_positions=128, bos_token_id=1,
             eos_token_id=1, pad_token_id=0, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, initializer_range=0.05))
 
-# %% ../../nbs/tuning/31_pretrain.ipynb #fdb641b3
+# %% ../../nbs/tuning/31_pretrain.ipynb #185ef829
 def batches(
     rows: Sequence[list[int]],  # token numbers of each text
     size: int,  # texts in a batch
@@ -199,7 +199,7 @@ def pad(
     T = max(map(len, rows))
     return torch.tensor([r + [filler] * (T - len(r)) for r in rows], device=device)
 
-# %% ../../nbs/tuning/31_pretrain.ipynb #f30507d2
+# %% ../../nbs/tuning/31_pretrain.ipynb #4ddc79f2
 def learn(
     model: nn.Module,
     loss: Callable[[], Tensor],  # of the next batch
@@ -219,23 +219,25 @@ def learn(
         yield value.item()
     model.eval()
 
-# %% ../../nbs/tuning/31_pretrain.ipynb #520b5f2b
+# %% ../../nbs/tuning/31_pretrain.ipynb #4a3af514
 Corruption = Callable[[Tensor, torch.Generator], tuple[Tensor, Tensor]]  # (ids, generator) -> (inputs, labels)
 
 def _loss(model: nn.Module, ids: Tensor, corrupt: Corruption, g: torch.Generator, filler: int) -> tuple[Tensor, int]:
-    "Loss of a batch corrupted anew, and the number of its labels."
+    "Loss of a batch corrupted anew, and the number of its labels; the head sees only places that count."
     inputs, labels = corrupt(ids, g)
-    causal = not hasattr(model, "bert")
     seen = (inputs != filler) | (labels != IGNORED)  # a random token may be the filler; it is seen
-    logits = model(inputs, attention_mask=seen.long()).logits
-    return lm_loss(logits, labels, causal), int((labels[:, 1:] if causal else labels).ne(IGNORED).sum())
+    hidden = model.base_model(inputs, attention_mask=seen.long()).last_hidden_state
+    if hasattr(model, "lm_head"): hidden, labels, head = hidden[:, :-1], labels[:, 1:], model.lm_head  # causal
+    else: head = model.cls
+    kept = labels != IGNORED
+    return lm_loss(head(hidden[kept])[None], labels[kept][None]), int(kept.sum())
 
 def pretrain(
     model: nn.Module,  # BertForMaskedLM or GPT2LMHeadModel
     rows: Sequence[list[int]],  # token numbers of each text
     corrupt: Corruption,  # such as partial(mask_tokens, ...)
     steps: int,
-    lr: float = 6e-3,
+    lr: float = 5e-3,
     size: int = 32,  # texts in a batch
     filler: int = 0,  # number of the padding token
     seed: int = 0,  # of order and corruption
@@ -260,7 +262,7 @@ def bits(
     model.train(was)
     return float(sum(loss * n for loss, n in parts) / sum(n for _, n in parts)) / math.log(2)
 
-# %% ../../nbs/tuning/31_pretrain.ipynb #58802906
+# %% ../../nbs/tuning/31_pretrain.ipynb #000eabaf
 def unigram_bits(
     train: Iterable[Sequence[int]],  # token numbers of each text
     held: Iterable[Sequence[int]],
@@ -269,10 +271,10 @@ def unigram_bits(
 ) -> float:
     """Bits per token of the training frequencies on held-out text, with one added to each count (Laplace's rule)."""
     count = torch.bincount(torch.tensor([t for r in train for t in r if t not in special]), minlength=vocab) + 1.0
-    count[list(special)] = 0
+    count[list(special)] = 0  # they are never asked for
     return float(-(count / count.sum()).log2()[[t for r in held for t in r if t not in special]].mean())
 
-# %% ../../nbs/tuning/31_pretrain.ipynb #b1699c9c
+# %% ../../nbs/tuning/31_pretrain.ipynb #6dc54c44
 class Pooled(nn.Module):
     """A classifier: a linear layer on the mean of an encoder's token vectors (Reimers and Gurevych 2019, section 3)."""
     def __init__(self, encoder: nn.Module, classes: int, seed: int = 0) -> None:
@@ -287,3 +289,37 @@ class Pooled(nn.Module):
         seen = ids != filler
         hidden = self.encoder(ids, attention_mask=seen.long()).last_hidden_state * seen[..., None]
         return self.head(hidden.sum(1) / seen.sum(1, keepdim=True))
+
+# %% ../../nbs/tuning/31_pretrain.ipynb #4daf6277
+def corpus() -> list[str]:
+    """The training sentences of the shipped reviews; validation and test stay unread."""
+    from tunebook.kit import data, ledger
+    ledger.used("data reviews", data.CATALOGUE["reviews"].digest)
+    return [r["text"] for r in data.locate("reviews")[1]["train"]]
+
+def save(
+    model: nn.Module,
+    tokenizer: "PreTrainedTokenizerFast",
+    folder: str | Path,
+) -> None:
+    """Write model and tokenizer as transformers reads them, the weights as safetensors."""
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+# %% ../../nbs/tuning/31_pretrain.ipynb #f31d5245
+def build(
+    name: str,  # tiny-bert or tiny-gpt
+    folder: str | Path,
+    steps: int = 1000,  # on the short sentences; twice as many follow on all
+) -> None:
+    """Pretrain a tiny model of two layers on the shipped reviews and save it with its tokenizer; half a minute on one core."""
+    if name not in ("tiny-bert", "tiny-gpt"): raise ValueError(f"no recipe for {name!r}: known are tiny-bert and tiny-gpt")
+    texts = corpus()
+    tokenizer = (wordpiece if name == "tiny-bert" else byte_bpe)(texts)
+    rows, model = tokenizer(texts).input_ids, (tiny_bert if name == "tiny-bert" else tiny_gpt)(len(tokenizer))
+    if name == "tiny-gpt": rows, corrupt = [[1, *r, 1] for r in rows], causal_labels
+    else: corrupt = partial(mask_tokens, special=tokenizer.all_special_ids, mask=tokenizer.mask_token_id, vocab=len(tokenizer), rate=0.4)
+    short = sorted(rows, key=len)[:len(rows) // 5]
+    for part, n, lr in ((short, steps, 4e-3), (rows, 2 * steps, 3e-3)):
+        for _ in pretrain(model, part, corrupt, n, lr): pass
+    save(model, tokenizer, folder)
