@@ -7,7 +7,7 @@ __all__ = ['SPECIAL', 'PAD', 'END', 'IGNORED', 'Corruption', 'wordpiece', 'byte_
            'swap_order', 'causal_labels', 'lm_loss', 'tiny_bert', 'tiny_gpt', 'batches', 'pad', 'learn', 'pretrain',
            'bits', 'unigram_bits', 'Pooled', 'corpus', 'save', 'build']
 
-# %% ../../nbs/tuning/31_pretrain.ipynb #504b4480
+# %% ../../nbs/tuning/31_pretrain.ipynb #2fae0f31
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -21,7 +21,7 @@ from ..entropy.xent import log_softmax
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-# %% ../../nbs/tuning/31_pretrain.ipynb #de476266
+# %% ../../nbs/tuning/31_pretrain.ipynb #d0f49516
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")  # numbers 0 to 4
 
 def wordpiece(
@@ -42,7 +42,7 @@ def wordpiece(
     named = {s.strip("[]").lower() + "_token": s for s in SPECIAL}
     return PreTrainedTokenizerFast(tokenizer_object=made, model_input_names=["input_ids", "token_type_ids", "attention_mask"], **named)
 
-# %% ../../nbs/tuning/31_pretrain.ipynb #fac3d8e8
+# %% ../../nbs/tuning/31_pretrain.ipynb #1328f2b4
 PAD, END = "<|pad|>", "<|endoftext|>"  # numbers 0 and 1
 
 def byte_bpe(
@@ -58,7 +58,7 @@ def byte_bpe(
     made.train_from_iterator(texts, trainer)
     return PreTrainedTokenizerFast(tokenizer_object=made, clean_up_tokenization_spaces=False, bos_token=END, eos_token=END, pad_token=PAD)
 
-# %% ../../nbs/tuning/31_pretrain.ipynb #a7d8f6d9
+# %% ../../nbs/tuning/31_pretrain.ipynb #bda7a7db
 IGNORED = -100  # label of places that do not count, as in F.cross_entropy
 
 def _share(name: str, value: float, top: float) -> None:
@@ -79,7 +79,7 @@ def choose(
     latest = torch.where(starts, place, -span).cummax(1).values
     return (place - latest < span)[:, span - 1:], latest[:, span - 1:] + span
 
-# %% ../../nbs/tuning/31_pretrain.ipynb #3badc7e7
+# %% ../../nbs/tuning/31_pretrain.ipynb #b6d4135c
 def mask_tokens(
     ids: Tensor,  # (B, T)
     generator: torch.Generator,  # on the CPU
@@ -99,7 +99,7 @@ def mask_tokens(
     shown = torch.where(u < split[0], mask, torch.where(u < sum(split), drawn, ids))
     return torch.where(hidden, shown, ids), ids.masked_fill(~hidden, IGNORED)
 
-# %% ../../nbs/tuning/31_pretrain.ipynb #ac73f754
+# %% ../../nbs/tuning/31_pretrain.ipynb #0d50e09b
 def delete_tokens(
     ids: Tensor,  # (B, T)
     generator: torch.Generator,  # on the CPU
@@ -116,7 +116,7 @@ def delete_tokens(
     labels = torch.where(gone, ids, IGNORED).roll(-1, 1).gather(1, order).masked_fill(ends, IGNORED)
     return ids.gather(1, order).masked_fill(ends, pad), labels
 
-# %% ../../nbs/tuning/31_pretrain.ipynb #5416c220
+# %% ../../nbs/tuning/31_pretrain.ipynb #ea471194
 def swap_order(
     pairs: Sequence[tuple[list[int], list[int]]],  # tokens of two pieces of text, in their order, without marks
     generator: torch.Generator,
@@ -130,7 +130,7 @@ def swap_order(
         rows.append({"input_ids": [cls, *a, sep, *b, sep], "token_type_ids": [0] * (len(a) + 2) + [1] * (len(b) + 1), "label": swapped})
     return rows
 
-# %% ../../nbs/tuning/31_pretrain.ipynb #7198843d
+# %% ../../nbs/tuning/31_pretrain.ipynb #9509242f
 def causal_labels(
     ids: Tensor,  # (B, T)
     generator: torch.Generator | None = None,  # nothing is drawn from it
@@ -149,7 +149,7 @@ def lm_loss(
     kept = labels != IGNORED
     return log_softmax(logits[kept]).gather(-1, labels[kept][:, None]).neg().sum() / kept.sum().clamp(min=1)
 
-# %% ../../nbs/tuning/31_pretrain.ipynb #6b4e1033
+# %% ../../nbs/tuning/31_pretrain.ipynb #50afa394
 def tiny_bert(
     vocab: int,  # V
     seed: int = 0,
@@ -176,7 +176,7 @@ def tiny_gpt(
         return GPT2LMHeadModel(GPT2Config(vocab_size=vocab, n_embd=width, n_layer=layers, n_head=4, n_inner=2 * width, n_positions=128, bos_token_id=1,
             eos_token_id=1, pad_token_id=0, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, initializer_range=0.05))
 
-# %% ../../nbs/tuning/31_pretrain.ipynb #185ef829
+# %% ../../nbs/tuning/31_pretrain.ipynb #35eefe28
 def batches(
     rows: Sequence[list[int]],  # token numbers of each text
     size: int,  # texts in a batch
@@ -185,8 +185,7 @@ def batches(
     """Batches of similar length in random order, epoch after epoch without end."""
     if not rows: raise ValueError("no text to train on: give at least one row of tokens")
     while True:
-        noise = torch.rand(len(rows), generator=generator).tolist()
-        order = sorted(range(len(rows)), key=lambda i: len(rows[i]) + noise[i])
+        order = sorted(torch.randperm(len(rows), generator=generator).tolist(), key=lambda i: len(rows[i]))
         groups = [order[i:i + size] for i in range(0, len(rows), size)]
         for g in torch.randperm(len(groups), generator=generator).tolist(): yield [rows[i] for i in groups[g]]
 
@@ -199,7 +198,7 @@ def pad(
     T = max(map(len, rows))
     return torch.tensor([r + [filler] * (T - len(r)) for r in rows], device=device)
 
-# %% ../../nbs/tuning/31_pretrain.ipynb #4ddc79f2
+# %% ../../nbs/tuning/31_pretrain.ipynb #1efed05a
 def learn(
     model: nn.Module,
     loss: Callable[[], Tensor],  # of the next batch
@@ -219,14 +218,14 @@ def learn(
         yield value.item()
     model.eval()
 
-# %% ../../nbs/tuning/31_pretrain.ipynb #4a3af514
+# %% ../../nbs/tuning/31_pretrain.ipynb #221981c8
 Corruption = Callable[[Tensor, torch.Generator], tuple[Tensor, Tensor]]  # (ids, generator) -> (inputs, labels)
 
 def _loss(model: nn.Module, ids: Tensor, corrupt: Corruption, g: torch.Generator, filler: int) -> tuple[Tensor, int]:
     "Loss of a batch corrupted anew, and the number of its labels; the head sees only places that count."
     inputs, labels = corrupt(ids, g)
     seen = (inputs != filler) | (labels != IGNORED)  # a random token may be the filler; it is seen
-    hidden = model.base_model(inputs, attention_mask=seen.long()).last_hidden_state
+    hidden = model.base_model(inputs, attention_mask=None if seen.all() else seen.long()).last_hidden_state
     if hasattr(model, "lm_head"): hidden, labels, head = hidden[:, :-1], labels[:, 1:], model.lm_head  # causal
     else: head = model.cls
     kept = labels != IGNORED
@@ -262,7 +261,7 @@ def bits(
     model.train(was)
     return float(sum(loss * n for loss, n in parts) / sum(n for _, n in parts)) / math.log(2)
 
-# %% ../../nbs/tuning/31_pretrain.ipynb #000eabaf
+# %% ../../nbs/tuning/31_pretrain.ipynb #926e4c62
 def unigram_bits(
     train: Iterable[Sequence[int]],  # token numbers of each text
     held: Iterable[Sequence[int]],
@@ -274,7 +273,7 @@ def unigram_bits(
     count[list(special)] = 0  # they are never asked for
     return float(-(count / count.sum()).log2()[[t for r in held for t in r if t not in special]].mean())
 
-# %% ../../nbs/tuning/31_pretrain.ipynb #6dc54c44
+# %% ../../nbs/tuning/31_pretrain.ipynb #0d64f98a
 class Pooled(nn.Module):
     """A classifier: a linear layer on the mean of an encoder's token vectors (Reimers and Gurevych 2019, section 3)."""
     def __init__(self, encoder: nn.Module, classes: int, seed: int = 0) -> None:
@@ -290,7 +289,7 @@ class Pooled(nn.Module):
         hidden = self.encoder(ids, attention_mask=seen.long()).last_hidden_state * seen[..., None]
         return self.head(hidden.sum(1) / seen.sum(1, keepdim=True))
 
-# %% ../../nbs/tuning/31_pretrain.ipynb #4daf6277
+# %% ../../nbs/tuning/31_pretrain.ipynb #754b2384
 def corpus() -> list[str]:
     """The training sentences of the shipped reviews; validation and test stay unread."""
     from tunebook.kit import data, ledger
@@ -306,7 +305,7 @@ def save(
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
-# %% ../../nbs/tuning/31_pretrain.ipynb #f31d5245
+# %% ../../nbs/tuning/31_pretrain.ipynb #b069f93a
 def build(
     name: str,  # tiny-bert or tiny-gpt
     folder: str | Path,
