@@ -7,9 +7,10 @@ __all__ = ['SPECIAL', 'PAD', 'END', 'IGNORED', 'Corruption', 'wordpiece', 'byte_
            'swap_order', 'causal_labels', 'lm_loss', 'tiny_bert', 'tiny_gpt', 'batches', 'pad', 'learn', 'pretrain',
            'bits', 'unigram_bits', 'Pooled', 'corpus', 'save', 'build']
 
-# %% ../../nbs/tuning/31_pretrain.ipynb #2fae0f31
+# %% ../../nbs/tuning/31_pretrain.ipynb #cde4c04c
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +22,7 @@ from ..entropy.xent import log_softmax
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-# %% ../../nbs/tuning/31_pretrain.ipynb #d0f49516
+# %% ../../nbs/tuning/31_pretrain.ipynb #05991ec0
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")  # numbers 0 to 4
 
 def wordpiece(
@@ -42,7 +43,7 @@ def wordpiece(
     named = {s.strip("[]").lower() + "_token": s for s in SPECIAL}
     return PreTrainedTokenizerFast(tokenizer_object=made, model_input_names=["input_ids", "token_type_ids", "attention_mask"], **named)
 
-# %% ../../nbs/tuning/31_pretrain.ipynb #1328f2b4
+# %% ../../nbs/tuning/31_pretrain.ipynb #b122106f
 PAD, END = "<|pad|>", "<|endoftext|>"  # numbers 0 and 1
 
 def byte_bpe(
@@ -58,7 +59,7 @@ def byte_bpe(
     made.train_from_iterator(texts, trainer)
     return PreTrainedTokenizerFast(tokenizer_object=made, clean_up_tokenization_spaces=False, bos_token=END, eos_token=END, pad_token=PAD)
 
-# %% ../../nbs/tuning/31_pretrain.ipynb #bda7a7db
+# %% ../../nbs/tuning/31_pretrain.ipynb #b5b8d911
 IGNORED = -100  # label of places that do not count, as in F.cross_entropy
 
 def _share(name: str, value: float, top: float) -> None:
@@ -79,7 +80,7 @@ def choose(
     latest = torch.where(starts, place, -span).cummax(1).values
     return (place - latest < span)[:, span - 1:], latest[:, span - 1:] + span
 
-# %% ../../nbs/tuning/31_pretrain.ipynb #b6d4135c
+# %% ../../nbs/tuning/31_pretrain.ipynb #93cd607f
 def mask_tokens(
     ids: Tensor,  # (B, T)
     generator: torch.Generator,  # on the CPU
@@ -99,7 +100,7 @@ def mask_tokens(
     shown = torch.where(u < split[0], mask, torch.where(u < sum(split), drawn, ids))
     return torch.where(hidden, shown, ids), ids.masked_fill(~hidden, IGNORED)
 
-# %% ../../nbs/tuning/31_pretrain.ipynb #0d50e09b
+# %% ../../nbs/tuning/31_pretrain.ipynb #3d236224
 def delete_tokens(
     ids: Tensor,  # (B, T)
     generator: torch.Generator,  # on the CPU
@@ -116,7 +117,7 @@ def delete_tokens(
     labels = torch.where(gone, ids, IGNORED).roll(-1, 1).gather(1, order).masked_fill(ends, IGNORED)
     return ids.gather(1, order).masked_fill(ends, pad), labels
 
-# %% ../../nbs/tuning/31_pretrain.ipynb #ea471194
+# %% ../../nbs/tuning/31_pretrain.ipynb #ecce902d
 def swap_order(
     pairs: Sequence[tuple[list[int], list[int]]],  # tokens of two pieces of text, in their order, without marks
     generator: torch.Generator,
@@ -130,7 +131,7 @@ def swap_order(
         rows.append({"input_ids": [cls, *a, sep, *b, sep], "token_type_ids": [0] * (len(a) + 2) + [1] * (len(b) + 1), "label": swapped})
     return rows
 
-# %% ../../nbs/tuning/31_pretrain.ipynb #9509242f
+# %% ../../nbs/tuning/31_pretrain.ipynb #35fbeb44
 def causal_labels(
     ids: Tensor,  # (B, T)
     generator: torch.Generator | None = None,  # nothing is drawn from it
@@ -149,7 +150,7 @@ def lm_loss(
     kept = labels != IGNORED
     return log_softmax(logits[kept]).gather(-1, labels[kept][:, None]).neg().sum() / kept.sum().clamp(min=1)
 
-# %% ../../nbs/tuning/31_pretrain.ipynb #50afa394
+# %% ../../nbs/tuning/31_pretrain.ipynb #0f921578
 def tiny_bert(
     vocab: int,  # V
     seed: int = 0,
@@ -160,7 +161,8 @@ def tiny_bert(
     from transformers import BertConfig, BertForMaskedLM
     with torch.random.fork_rng([]):
         torch.manual_seed(seed)
-        return BertForMaskedLM(BertConfig(vocab_size=vocab, hidden_size=width, num_hidden_layers=layers, num_attention_heads=4, intermediate_size=2 * width,
+        return BertForMaskedLM(BertConfig(vocab_size=vocab, hidden_size=width, num_hidden_layers=layers, num_attention_heads=4,
+                intermediate_size=2 * width,
             max_position_embeddings=64, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, initializer_range=0.05))
 
 def tiny_gpt(
@@ -173,10 +175,11 @@ def tiny_gpt(
     from transformers import GPT2Config, GPT2LMHeadModel
     with torch.random.fork_rng([]):
         torch.manual_seed(seed)
-        return GPT2LMHeadModel(GPT2Config(vocab_size=vocab, n_embd=width, n_layer=layers, n_head=4, n_inner=2 * width, n_positions=128, bos_token_id=1,
+        return GPT2LMHeadModel(GPT2Config(vocab_size=vocab, n_embd=width, n_layer=layers, n_head=4, n_inner=2 * width, n_positions=128,
+                bos_token_id=1,
             eos_token_id=1, pad_token_id=0, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, initializer_range=0.05))
 
-# %% ../../nbs/tuning/31_pretrain.ipynb #35eefe28
+# %% ../../nbs/tuning/31_pretrain.ipynb #2b47718c
 def batches(
     rows: Sequence[list[int]],  # token numbers of each text
     size: int,  # texts in a batch
@@ -198,7 +201,7 @@ def pad(
     T = max(map(len, rows))
     return torch.tensor([r + [filler] * (T - len(r)) for r in rows], device=device)
 
-# %% ../../nbs/tuning/31_pretrain.ipynb #1efed05a
+# %% ../../nbs/tuning/31_pretrain.ipynb #305b6aa0
 def learn(
     model: nn.Module,
     loss: Callable[[], Tensor],  # of the next batch
@@ -218,7 +221,7 @@ def learn(
         yield value.item()
     model.eval()
 
-# %% ../../nbs/tuning/31_pretrain.ipynb #221981c8
+# %% ../../nbs/tuning/31_pretrain.ipynb #d0677855
 Corruption = Callable[[Tensor, torch.Generator], tuple[Tensor, Tensor]]  # (ids, generator) -> (inputs, labels)
 
 def _loss(model: nn.Module, ids: Tensor, corrupt: Corruption, g: torch.Generator, filler: int) -> tuple[Tensor, int]:
@@ -261,7 +264,7 @@ def bits(
     model.train(was)
     return float(sum(loss * n for loss, n in parts) / sum(n for _, n in parts)) / math.log(2)
 
-# %% ../../nbs/tuning/31_pretrain.ipynb #926e4c62
+# %% ../../nbs/tuning/31_pretrain.ipynb #5c7dbda4
 def unigram_bits(
     train: Iterable[Sequence[int]],  # token numbers of each text
     held: Iterable[Sequence[int]],
@@ -273,7 +276,7 @@ def unigram_bits(
     count[list(special)] = 0  # they are never asked for
     return float(-(count / count.sum()).log2()[[t for r in held for t in r if t not in special]].mean())
 
-# %% ../../nbs/tuning/31_pretrain.ipynb #0d64f98a
+# %% ../../nbs/tuning/31_pretrain.ipynb #c7709348
 class Pooled(nn.Module):
     """A classifier: a linear layer on the mean of an encoder's token vectors (Reimers and Gurevych 2019, section 3)."""
     def __init__(self, encoder: nn.Module, classes: int, seed: int = 0) -> None:
@@ -289,7 +292,7 @@ class Pooled(nn.Module):
         hidden = self.encoder(ids, attention_mask=seen.long()).last_hidden_state * seen[..., None]
         return self.head(hidden.sum(1) / seen.sum(1, keepdim=True))
 
-# %% ../../nbs/tuning/31_pretrain.ipynb #754b2384
+# %% ../../nbs/tuning/31_pretrain.ipynb #db4385a1
 def corpus() -> list[str]:
     """The training sentences of the shipped reviews; validation and test stay unread."""
     from tunebook.kit import data, ledger
@@ -305,7 +308,7 @@ def save(
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
-# %% ../../nbs/tuning/31_pretrain.ipynb #b069f93a
+# %% ../../nbs/tuning/31_pretrain.ipynb #116c8dcf
 def build(
     name: str,  # tiny-bert or tiny-gpt
     folder: str | Path,
