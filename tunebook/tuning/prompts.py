@@ -227,10 +227,16 @@ class Prefix(Virtual):
         if base.training and any(getattr(m, "gradient_checkpointing", False) for m in base.modules()):
             raise ValueError("gradient checkpointing drops the cache, and with it the prefix: call model.gradient_checkpointing_disable()")
         L, H, cache = self.told["num_layers"], self.told["num_attention_heads"], call.get("past_key_values")
+        self.lent = cache is None and call.get("use_cache") is False
         call["past_key_values"] = cache = DynamicCache() if cache is None else cache
         by_layer = self.values().to(base.dtype).view(len(self.rows), 2 * L, H, -1).permute(1, 2, 0, 3)
         both = by_layer[:, None].expand(-1, B, -1, -1, -1).unbind()
         for layer in range(L): cache.update(both[2 * layer], both[2 * layer + 1], layer)
+
+    def after(self, base: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        """Take back a cache that the caller did not want, so that no next call reads it."""
+        if self.inserted and self.lent and not isinstance(output, tuple): output.past_key_values = None
+        return output
 
     def settings(self) -> dict[str, Any]:
         """peft's; without the shift a form of our own, because peft would move the positions."""
