@@ -256,6 +256,7 @@ def read_words(
     base.train(was)
     return torch.cat([x for layer in cache.layers for x in (layer.keys, layer.values)]).permute(2, 0, 1, 3).flatten(1)
 
+# %% ../../nbs/tuning/35_prompts.ipynb #35c472e9
 def prefix(
     model: nn.Module,
     name: str,  # of the adapter
