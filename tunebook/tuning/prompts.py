@@ -26,7 +26,7 @@ def mix(
     prefix_v: Tensor,  # (..., P, Dv) values of the prefix
     mask: Tensor | None = None,  # boolean, broadcasts to (..., T, S); True = may attend
 ) -> tuple[Tensor, Tensor]:  # output (..., T, Dv) and the prefix's share (..., T)
-    """Attention with a prefix as a mix of two attentions: He et al. (2022), section 3.1."""
+    """Attention with a prefix as a mix of two attentions: He et al. (2022), section 3."""
     text, own = attention(q, k, v, mask)[0], attention(q, prefix_k, prefix_v)[0]
     s = scores(q, k) if mask is None else scores(q, k).masked_fill(~mask, -torch.inf)
     share = (scores(q, prefix_k).logsumexp(-1) - s.logsumexp(-1)).sigmoid()
@@ -325,7 +325,7 @@ def share_of_prefix(
     model: nn.Module,  # with an active prefix
     **batch: Tensor,  # what the model takes
 ) -> Tensor:  # [L, B, H, T], from 0 to 1
-    """How much of each query's attention falls on the prefix: lambda of He et al. (2022), section 3.1."""
+    """How much of each query's attention falls on the prefix: lambda of He et al. (2022), section 3."""
     found = [p for _, p in pieces(model) if isinstance(p, Prefix) and p.active]
     if not found: raise ValueError("this model has no active prefix: attach one, or switch it on with use(model, name)")
     form = model.config._attn_implementation
