@@ -88,7 +88,7 @@ class Virtual(Rows):
         self.limit, self.first = learnt_positions(base)
         self.names, self.inserted = list(inspect.signature(base.forward).parameters), False
         model.add_module(f"virtual_{self.name}", self)
-        self.hooks = [base.register_forward_pre_hook(self.before, with_kwargs=True), base.register_forward_hook(self.after)]
+        self.hooks = [base.register_forward_pre_hook(self.before, with_kwargs=True), base.register_forward_hook(self.leave)]
 
     def remove(self, model: nn.Module, path: str) -> None:
         """Take the hooks off, and the piece out."""
@@ -110,7 +110,7 @@ class Virtual(Rows):
         if self.inserted: self.insert(base, call, B)
         return (), call
 
-    def after(self, base: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+    def leave(self, base: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         """The output for the tokens of the text."""
         return output
 
@@ -155,7 +155,7 @@ class Prompt(Virtual):
         call["input_ids"], call["inputs_embeds"] = None, torch.cat((self.values().to(words.dtype).expand(B, -1, -1), words), 1)
         if types is not None: call["token_type_ids"] = torch.cat((types.new_zeros(len(types), P), types), 1)
 
-    def after(self, base: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+    def leave(self, base: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         """Cut the virtual tokens off."""
         if not self.inserted: return output
         cut = output[0][:, len(self.rows):]
@@ -233,7 +233,7 @@ class Prefix(Virtual):
         both = by_layer[:, None].expand(-1, B, -1, -1, -1).unbind()
         for layer in range(L): cache.update(both[2 * layer], both[2 * layer + 1], layer)
 
-    def after(self, base: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+    def leave(self, base: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         """Take back a cache that the caller did not want, so that no next call reads it."""
         if self.inserted and self.lent and not isinstance(output, tuple): output.past_key_values = None
         return output
