@@ -193,7 +193,8 @@ class Norm(Layer):
 
     def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Its own scale and shift."""
-        return self.own.weight.to(weight.dtype), None if bias is None else self.own.bias.to(weight.dtype)
+        own = {n: p.detach().to(weight.dtype) for n, p in self.own.named_parameters()}
+        return own["weight"], own.get("bias")
 
 # %% ../../nbs/tuning/34_adapters.ipynb #d2d48c6d
 def is_norm(
