@@ -153,9 +153,10 @@ def render(facts: dict[str, Any]) -> str:
     texts.append(table(["", "measured", "target", "met"], rows))
     rows = [[s, name, f"{1e3 * statistics.median(facts[s]['seconds'][FULL]):.0f} ms",
              *(spread(ratio(facts[s], f"{name}, {a}", b)) for a, b in (("ours", f"{name}, peft"), ("ours", FULL), ("peft", FULL))),
-             f"{len(facts[s]['seconds'][FULL])} ({facts[s]['thrown']})", f"{facts[s].get('share', 0.05):.2f}"] for name in PAIRS for s in shapes]
-    texts.append("CPU time of a step: median of the ratios within a round, smallest and largest in brackets.\n\n" + table(
-        ["rows x length", "", "full", "ours / peft", "ours / full", "peft / full", "rounds (thrown)", "others, at most"], rows))
+             f"{len(facts[s]['seconds'][FULL])} ({facts[s]['thrown']})", f"{facts[s].get('share', 0.05):.2f}"]
+            for name in PAIRS for s in shapes]
+    head = ["rows x length", "", "full", "ours / peft", "ours / full", "peft / full", "rounds (thrown away)", "others, at most"]
+    texts.append("CPU time of a step: median of the ratios within a round, smallest and largest in brackets.\n\n" + table(head, rows))
     if "memory" in facts:
         texts.append("Peak MB that a step allocates beside weights and optimizer:\n\n" + table(
             ["rows x length", *next(iter(facts["memory"].values()))],
