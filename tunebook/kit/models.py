@@ -83,8 +83,10 @@ def _made(b: Backbone) -> Path:
         module, function = b.make.split(":")
         getattr(import_module(module), function)(b.name, part)
         (part / "sha256").write_text(sha256(part / "model.safetensors"))
-        if not folder.exists(): os.replace(part, folder)  # another process may have been faster
-    except OSError as e: raise Missing(f"{folder} cannot be written ({e})", "set XDG_CACHE_HOME to a folder of yours") from None
+        os.replace(part, folder)
+    except OSError as e:
+        if not (folder / "sha256").is_file():  # otherwise another process was faster
+            raise Missing(f"{folder} cannot be written ({e})", "set XDG_CACHE_HOME to a folder of yours") from None
     finally: shutil.rmtree(part, ignore_errors=True)
     return folder
 

@@ -7,7 +7,7 @@ __all__ = ['SPECIAL', 'PAD', 'END', 'IGNORED', 'Corruption', 'wordpiece', 'byte_
            'swap_order', 'causal_labels', 'lm_loss', 'tiny_bert', 'tiny_gpt', 'batches', 'pad', 'learn', 'pretrain',
            'bits', 'unigram_bits', 'Pooled', 'corpus', 'save', 'build']
 
-# %% ../../nbs/tuning/31_pretrain.ipynb #9d89917b
+# %% ../../nbs/tuning/31_pretrain.ipynb #b43100f0
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
@@ -22,7 +22,7 @@ from ..entropy.xent import log_softmax
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-# %% ../../nbs/tuning/31_pretrain.ipynb #49075f7c
+# %% ../../nbs/tuning/31_pretrain.ipynb #aec3ec3a
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")  # numbers 0 to 4
 
 def wordpiece(
@@ -43,7 +43,7 @@ def wordpiece(
     named = {s.strip("[]").lower() + "_token": s for s in SPECIAL}
     return PreTrainedTokenizerFast(tokenizer_object=made, model_input_names=["input_ids", "token_type_ids", "attention_mask"], **named)
 
-# %% ../../nbs/tuning/31_pretrain.ipynb #3d701bf8
+# %% ../../nbs/tuning/31_pretrain.ipynb #2562abe9
 PAD, END = "<|pad|>", "<|endoftext|>"  # numbers 0 and 1
 
 def byte_bpe(
@@ -59,7 +59,7 @@ def byte_bpe(
     made.train_from_iterator(texts, trainer)
     return PreTrainedTokenizerFast(tokenizer_object=made, clean_up_tokenization_spaces=False, bos_token=END, eos_token=END, pad_token=PAD)
 
-# %% ../../nbs/tuning/31_pretrain.ipynb #a87d8070
+# %% ../../nbs/tuning/31_pretrain.ipynb #f28acb89
 IGNORED = -100  # label of places that do not count, as in F.cross_entropy
 
 def _share(name: str, value: float, top: float) -> None:
@@ -80,7 +80,7 @@ def choose(
     latest = torch.where(starts, place, -span).cummax(1).values
     return (place - latest < span)[:, span - 1:], latest[:, span - 1:] + span
 
-# %% ../../nbs/tuning/31_pretrain.ipynb #02416a5b
+# %% ../../nbs/tuning/31_pretrain.ipynb #e6ff1c9a
 def mask_tokens(
     ids: Tensor,  # (B, T)
     generator: torch.Generator,  # on the CPU
@@ -100,7 +100,7 @@ def mask_tokens(
     shown = torch.where(u < split[0], mask, torch.where(u < sum(split), drawn, ids))
     return torch.where(hidden, shown, ids), ids.masked_fill(~hidden, IGNORED)
 
-# %% ../../nbs/tuning/31_pretrain.ipynb #be7c2fad
+# %% ../../nbs/tuning/31_pretrain.ipynb #1211d833
 def delete_tokens(
     ids: Tensor,  # (B, T)
     generator: torch.Generator,  # on the CPU
@@ -117,7 +117,7 @@ def delete_tokens(
     labels = torch.where(gone, ids, IGNORED).roll(-1, 1).gather(1, order).masked_fill(ends, IGNORED)
     return ids.gather(1, order).masked_fill(ends, pad), labels
 
-# %% ../../nbs/tuning/31_pretrain.ipynb #a85e24fe
+# %% ../../nbs/tuning/31_pretrain.ipynb #5c3ac7c5
 def swap_order(
     pairs: Sequence[tuple[list[int], list[int]]],  # tokens of two pieces of text, in their order, without marks
     generator: torch.Generator,
@@ -131,7 +131,7 @@ def swap_order(
         rows.append({"input_ids": [cls, *a, sep, *b, sep], "token_type_ids": [0] * (len(a) + 2) + [1] * (len(b) + 1), "label": swapped})
     return rows
 
-# %% ../../nbs/tuning/31_pretrain.ipynb #42ee96e3
+# %% ../../nbs/tuning/31_pretrain.ipynb #22a3c555
 def causal_labels(
     ids: Tensor,  # (B, T)
     generator: torch.Generator | None = None,  # nothing is drawn from it
@@ -150,7 +150,7 @@ def lm_loss(
     kept = labels != IGNORED
     return log_softmax(logits[kept]).gather(-1, labels[kept][:, None]).neg().sum() / kept.sum().clamp(min=1)
 
-# %% ../../nbs/tuning/31_pretrain.ipynb #df6d8bee
+# %% ../../nbs/tuning/31_pretrain.ipynb #93259d9e
 def tiny_bert(
     vocab: int,  # V
     seed: int = 0,
@@ -179,7 +179,7 @@ def tiny_gpt(
                 bos_token_id=1,
             eos_token_id=1, pad_token_id=0, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, initializer_range=0.05))
 
-# %% ../../nbs/tuning/31_pretrain.ipynb #cfe04f88
+# %% ../../nbs/tuning/31_pretrain.ipynb #2945e816
 def batches(
     rows: Sequence[list[int]],  # token numbers of each text
     size: int,  # texts in a batch
@@ -201,7 +201,7 @@ def pad(
     T = max(map(len, rows))
     return torch.tensor([r + [filler] * (T - len(r)) for r in rows], device=device)
 
-# %% ../../nbs/tuning/31_pretrain.ipynb #0824b64f
+# %% ../../nbs/tuning/31_pretrain.ipynb #9d3c6b10
 def learn(
     model: nn.Module,
     loss: Callable[[], Tensor],  # of the next batch
@@ -221,7 +221,7 @@ def learn(
         yield value.item()
     model.eval()
 
-# %% ../../nbs/tuning/31_pretrain.ipynb #6a51882f
+# %% ../../nbs/tuning/31_pretrain.ipynb #94e8e602
 Corruption = Callable[[Tensor, torch.Generator], tuple[Tensor, Tensor]]  # (ids, generator) -> (inputs, labels)
 
 def _loss(model: nn.Module, ids: Tensor, corrupt: Corruption, g: torch.Generator, filler: int) -> tuple[Tensor, int]:
@@ -264,7 +264,7 @@ def bits(
     model.train(was)
     return float(sum(loss * n for loss, n in parts) / sum(n for _, n in parts)) / math.log(2)
 
-# %% ../../nbs/tuning/31_pretrain.ipynb #896d4405
+# %% ../../nbs/tuning/31_pretrain.ipynb #d1ffb1d2
 def unigram_bits(
     train: Iterable[Sequence[int]],  # token numbers of each text
     held: Iterable[Sequence[int]],
@@ -276,7 +276,7 @@ def unigram_bits(
     count[list(special)] = 0  # they are never asked for
     return float(-(count / count.sum()).log2()[[t for r in held for t in r if t not in special]].mean())
 
-# %% ../../nbs/tuning/31_pretrain.ipynb #ac13f405
+# %% ../../nbs/tuning/31_pretrain.ipynb #3d5e1aec
 class Pooled(nn.Module):
     """A classifier: a linear layer on the mean of an encoder's token vectors (Reimers and Gurevych 2019, section 3)."""
     def __init__(self, encoder: nn.Module, classes: int, seed: int = 0) -> None:
@@ -292,7 +292,7 @@ class Pooled(nn.Module):
         hidden = self.encoder(ids, attention_mask=seen.long()).last_hidden_state * seen[..., None]
         return self.head(hidden.sum(1) / seen.sum(1, keepdim=True))
 
-# %% ../../nbs/tuning/31_pretrain.ipynb #548e069f
+# %% ../../nbs/tuning/31_pretrain.ipynb #047b90d5
 def corpus() -> list[str]:
     """The training sentences of the shipped reviews; validation and test stay unread."""
     from tunebook.kit import data, ledger
@@ -308,7 +308,7 @@ def save(
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
-# %% ../../nbs/tuning/31_pretrain.ipynb #5e338e6c
+# %% ../../nbs/tuning/31_pretrain.ipynb #157e0370
 def build(
     name: str,  # tiny-bert or tiny-gpt
     folder: str | Path,
