@@ -213,7 +213,8 @@ METHODS = {
     "prefix": Method("tunebook.tuning.prompts:prefix", "virtual keys and values in each layer", 3e-2, "PREFIX_TUNING", TOKENS, {}, (
                      *SIZES, "encoder_hidden_size", "prefix_projection"), "base_model."),
     "ptuning": Method("tunebook.tuning.prompts:ptuning", "virtual tokens made by a small network", 1e-2, "P_TUNING", TOKENS, {}, (
-                      *SIZES, "encoder_reparameterization_type", "encoder_hidden_size", "encoder_num_layers", "encoder_dropout"), "base_model."),
+                      *SIZES, "encoder_reparameterization_type", "encoder_hidden_size", "encoder_num_layers", "encoder_dropout"),
+                      "base_model."),
 }
 
 # %% ../../nbs/tuning/28_methods.ipynb #a68d7c4b
