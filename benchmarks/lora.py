@@ -10,6 +10,7 @@ Another method is one more row of PAIRS.
 import os
 import statistics
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -29,6 +30,7 @@ from torch import Tensor, nn
 from tunebook.kit.models import load
 from tunebook.tuning.methods import attach
 
+warnings.filterwarnings("ignore", category=FutureWarning)  # peft calls what transformers has renamed
 SHAPES = [(rows, length) for rows in (16, 32) for length in (32, 64, 128)]
 SHARE = float(os.environ.get("BENCH_SHARE", "0.05"))  # of a core that other processes may take in a round
 FULL = "full"
@@ -95,10 +97,10 @@ def models(names: list[str]) -> dict[str, nn.Module]:
     for name in names:
         found[f"{name}, peft"] = theirs = PAIRS[name].peft(minilm())
         found[f"{name}, ours"] = ours = PAIRS[name].ours(minilm())
-        source, mine = ([p for _, p in sorted((plain_name(n), p) for n, p in m.named_parameters() if p.requires_grad)] for m in (theirs, ours))
+        source, mine = ({plain_name(n): p for n, p in m.named_parameters() if p.requires_grad} for m in (theirs, ours))
         with torch.no_grad():
-            for a, b in zip(mine, source, strict=True):
-                a.copy_(b)
+            for n, p in mine.items():
+                p.copy_(source[n])
     return found
 
 
@@ -110,7 +112,7 @@ def times(rows: int, length: int, n: int, names: list[str] | None = None, limit:
         a, b = ([calls[f"{name}, {who}"]() for _ in range(2)] for who in ("ours", "peft"))
         if max(abs(x - y) for x, y in zip(a, b)) > 1e-5:
             raise SystemExit(f"{name}: losses differ, ours {a}, peft {b}: only equal methods are compared")
-    found = rounds(calls, n, limit, share=SHARE, clock=time.process_time)
+    found = rounds(calls, n, limit, share=SHARE, clock=time.process_time) | {"share": SHARE}
     print(rows, length, {m: round(ratio(found, f"{m}, ours", f"{m}, peft")[0], 3) for m in names}, flush=True)
     return found
 
@@ -137,7 +139,8 @@ def render(facts: dict[str, Any]) -> str:
     """All tables."""
     shapes = [p for p in facts if p != "memory"]
     versions = bench.versions(os.sys.executable, "torch", "transformers", "peft")
-    texts = [f"{bench.machine()}, {bench.today()}. {versions}, {torch.get_num_threads()} thread, {torch.backends.cpu.get_cpu_capability()}."]
+    isa = torch.backends.cpu.get_cpu_capability()
+    texts = [f"{bench.machine()}, {bench.today()}. {versions}, {torch.get_num_threads()} thread, {isa}."]
     rows = []
     for name, pair in PAIRS.items():
         values = [ratio(facts[s], f"{name}, ours", f"{name}, peft")[0] for s in shapes]
@@ -149,10 +152,10 @@ def render(facts: dict[str, Any]) -> str:
             rows.append([f"{name}: peak over peft's, {where}", f"{value:.3f}", "at most 1", "yes" if value <= 1 else "no"])
     texts.append(table(["", "measured", "target", "met"], rows))
     rows = [[s, name, f"{1e3 * statistics.median(facts[s]['seconds'][FULL]):.0f} ms",
-             *(spread(ratio(facts[s], a, b)) for a, b in ((f"{name}, ours", f"{name}, peft"), (f"{name}, ours", FULL), (f"{name}, peft", FULL))),
-             f"{len(facts[s]['seconds'][FULL])} ({facts[s]['thrown']})"] for name in PAIRS for s in shapes]
+             *(spread(ratio(facts[s], f"{name}, {a}", b)) for a, b in (("ours", f"{name}, peft"), ("ours", FULL), ("peft", FULL))),
+             f"{len(facts[s]['seconds'][FULL])} ({facts[s]['thrown']})", f"{facts[s].get('share', 0.05):.2f}"] for name in PAIRS for s in shapes]
     texts.append("CPU time of a step: median of the ratios within a round, smallest and largest in brackets.\n\n" + table(
-        ["rows x length", "", "full", "ours / peft", "ours / full", "peft / full", "rounds (thrown away)"], rows))
+        ["rows x length", "", "full", "ours / peft", "ours / full", "peft / full", "rounds (thrown)", "others, at most"], rows))
     if "memory" in facts:
         texts.append("Peak MB that a step allocates beside weights and optimizer:\n\n" + table(
             ["rows x length", *next(iter(facts["memory"].values()))],

@@ -19,7 +19,8 @@ def test_gate(name):
 
 @pytest.mark.parametrize("row", catalogue(ROOT), ids=lambda r: r["name"])
 def test_module_imports_point_one_way(row):
-    path = ROOT / (row["module"].replace(".", "/") + ".py")
+    path = ROOT / row["module"].replace(".", "/")
+    path = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
     assert path.exists(), f"{row['name']} exports nothing"
     assert list(check_module(path.read_text(), row["name"].split("/")[0])) == []
 

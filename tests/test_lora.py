@@ -62,7 +62,11 @@ def tiny(seed=0, dtype=torch.float32):
     torch.manual_seed(seed)
     config = BertConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64, vocab_size=101,
                         max_position_embeddings=40, num_labels=2)
-    return BertForSequenceClassification(config).to(dtype).eval()
+    model = BertForSequenceClassification(config)
+    for n, p in model.named_parameters():
+        if n.endswith("bias"):
+            nn.init.normal_(p, std=0.1)
+    return model.to(dtype).eval()
 
 
 def logits(model):
@@ -81,6 +85,8 @@ def disturb(model, seed=0):
 
 def plain(kind, n_in, n_out, bias=True, dtype=torch.float64):
     layer = nn.Linear(n_in, n_out, bias=bias) if kind == "linear" else Conv1D(n_out, n_in)
+    if layer.bias is not None:
+        nn.init.normal_(layer.bias)
     return layer.to(dtype)
 
 

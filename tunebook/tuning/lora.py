@@ -151,8 +151,8 @@ class Dora(Lora):
         self.m = nn.Parameter(torch.linalg.norm(weight_of(base).to(self.A.dtype), dim=1).detach())
 
     def factor(self, weight: Tensor) -> Tensor:
-        """m over the length of the rows of W + s B A, [out]."""
-        return self.m / torch.linalg.norm(weight.to(self.A.dtype) + self.update(), dim=1).detach()
+        """m over the length of the rows of W + s B A, [out]; `update` makes no graph, so the length is a constant."""
+        return self.m / torch.linalg.norm(weight.to(self.A.dtype) + self.update(), dim=1)
 
     def delta(self, x: Tensor, y: Tensor) -> Tensor:
         """(c - 1) W x + c s B A x, where c is the factor."""
@@ -238,7 +238,7 @@ def to_lora(
 
 # %% ../../nbs/tuning/33_lora.ipynb #782d6554
 class Svd(Lora):
-    """An update P diag(E) Q whose singular values can be pruned (Zhang et al. 2023, equation 3)."""
+    """An update P diag(E) Q whose singular values can be pruned (Zhang et al. 2023, section 3.1)."""
     suffixes: ClassVar[dict[str, str]] = {"A": "lora_A", "B": "lora_B", "E": "lora_E"}
 
     def __init__(self, base: nn.Module, name: str, r: int, scale: float, dropout: float = 0.0) -> None:
@@ -287,14 +287,14 @@ class Ranked(Svd):
         return super().tuned(x)
 
     def penalty(self) -> Tensor:
-        """This layer's share of the penalty (equation 4; peft takes norms, not their squares, and the mean of them)."""
+        """This layer's share of the penalty (section 3.1; peft takes norms, not their squares, and the mean of them)."""
         eye = torch.eye(self.A.shape[0], dtype=self.A.dtype, device=self.A.device)
         apart = torch.linalg.norm(self.A @ self.A.mT - eye) + torch.linalg.norm(self.B.mT @ self.B - eye)
         return self.allocator.config["orth_reg_weight"] * apart / (2 * len(self.allocator.layers))
 
     @torch.no_grad()
     def sense(self, beta1: float, beta2: float) -> None:
-        """Move the running importance and its fluctuation (equations 8 to 10)."""
+        """Move the running importance and its fluctuation (section 3.2)."""
         for n in "AEB":
             p, mean, spread = getattr(self, n), getattr(self, f"mean_{n}"), getattr(self, f"spread_{n}")
             now = (p * p.grad).abs()
@@ -302,7 +302,7 @@ class Ranked(Svd):
             spread.copy_(beta2 * spread + (1 - beta2) * (now - mean).abs())
 
     def score(self) -> Tensor:
-        """The importance of each triplet, [r] (equations 7 and 11)."""
+        """The importance of each triplet, [r] (section 3.2)."""
         a, b, e = (getattr(self, f"mean_{n}") * getattr(self, f"spread_{n}") for n in "ABE")
         return e[:, 0] + (a.mean(1) + b.mean(0))
 
@@ -324,7 +324,7 @@ def budget(
     tfinal: int,  # updates after the last
     deltaT: int = 1,  # updates between prunings
 ) -> tuple[int, bool]:  # triplets that may live, whether to prune now
-    """The cubic schedule of AdaLoRA, as peft reads it (Zhang et al. 2023, equation 13)."""
+    """The cubic schedule of AdaLoRA, as peft reads it (Zhang et al. 2023, section 3.3)."""
     if step <= tinit: return start, False
     if step > total - tfinal: return end, True
     left = 1 - (step - tinit) / (total - tfinal - tinit)
@@ -367,7 +367,7 @@ class Allocator:
 
     @torch.no_grad()
     def __call__(self, step: int, total: int) -> None:
-        """After update `step`, while its gradients are there: sense, and prune when it is time (equation 6)."""
+        """After update `step`, while its gradients are there: sense, and prune when it is time."""
         self.last = first, rest, end = _plan(self.config, total)
         if end != total: self.warn(f"AdaLoRA's schedule is for total_step={end}, this run makes {total} updates: the rank ends elsewhere")
         layers = self.layers.values()

@@ -26,7 +26,7 @@ def mix(
     prefix_v: Tensor,  # (..., P, Dv) values of the prefix
     mask: Tensor | None = None,  # boolean, broadcasts to (..., T, S); True = may attend
 ) -> tuple[Tensor, Tensor]:  # output (..., T, Dv) and the prefix's share (..., T)
-    """Attention with a prefix as a mix of two attentions: He et al. (2022), section 3.1."""
+    """Attention with a prefix as a mix of two attentions: He et al. (2022), section 3."""
     text, own = attention(q, k, v, mask)[0], attention(q, prefix_k, prefix_v)[0]
     s = scores(q, k) if mask is None else scores(q, k).masked_fill(~mask, -torch.inf)
     share = (scores(q, prefix_k).logsumexp(-1) - s.logsumexp(-1)).sigmoid()
@@ -88,7 +88,7 @@ class Virtual(Rows):
         self.limit, self.first = learnt_positions(base)
         self.names, self.inserted = list(inspect.signature(base.forward).parameters), False
         model.add_module(f"virtual_{self.name}", self)
-        self.hooks = [base.register_forward_pre_hook(self.before, with_kwargs=True), base.register_forward_hook(self.after)]
+        self.hooks = [base.register_forward_pre_hook(self.before, with_kwargs=True), base.register_forward_hook(self.leave)]
 
     def remove(self, model: nn.Module, path: str) -> None:
         """Take the hooks off, and the piece out."""
@@ -110,7 +110,7 @@ class Virtual(Rows):
         if self.inserted: self.insert(base, call, B)
         return (), call
 
-    def after(self, base: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+    def leave(self, base: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         """The output for the tokens of the text."""
         return output
 
@@ -155,7 +155,7 @@ class Prompt(Virtual):
         call["input_ids"], call["inputs_embeds"] = None, torch.cat((self.values().to(words.dtype).expand(B, -1, -1), words), 1)
         if types is not None: call["token_type_ids"] = torch.cat((types.new_zeros(len(types), P), types), 1)
 
-    def after(self, base: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+    def leave(self, base: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         """Cut the virtual tokens off."""
         if not self.inserted: return output
         cut = output[0][:, len(self.rows):]
@@ -233,7 +233,7 @@ class Prefix(Virtual):
         both = by_layer[:, None].expand(-1, B, -1, -1, -1).unbind()
         for layer in range(L): cache.update(both[2 * layer], both[2 * layer + 1], layer)
 
-    def after(self, base: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+    def leave(self, base: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         """Take back a cache that the caller did not want, so that no next call reads it."""
         if self.inserted and self.lent and not isinstance(output, tuple): output.past_key_values = None
         return output
@@ -256,6 +256,7 @@ def read_words(
     base.train(was)
     return torch.cat([x for layer in cache.layers for x in (layer.keys, layer.values)]).permute(2, 0, 1, 3).flatten(1)
 
+# %% ../../nbs/tuning/35_prompts.ipynb #35c472e9
 def prefix(
     model: nn.Module,
     name: str,  # of the adapter
@@ -324,7 +325,7 @@ def share_of_prefix(
     model: nn.Module,  # with an active prefix
     **batch: Tensor,  # what the model takes
 ) -> Tensor:  # [L, B, H, T], from 0 to 1
-    """How much of each query's attention falls on the prefix: lambda of He et al. (2022), section 3.1."""
+    """How much of each query's attention falls on the prefix: lambda of He et al. (2022), section 3."""
     found = [p for _, p in pieces(model) if isinstance(p, Prefix) and p.active]
     if not found: raise ValueError("this model has no active prefix: attach one, or switch it on with use(model, name)")
     form = model.config._attn_implementation
