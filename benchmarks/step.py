@@ -1,4 +1,4 @@
-"""What a training step of MiniLM is spent on: forward, input gradients, weight gradients, optimizer, dropout, Python; CPU time, by ablation.
+"""What a training step of MiniLM is spent on: forward, gradients, optimizer, dropout, Python; CPU time, by ablation.
 
     OMP_NUM_THREADS=1 python benchmarks/step.py                 # about five minutes
     OMP_NUM_THREADS=1 python benchmarks/step.py --only "16 x 32"
@@ -78,13 +78,15 @@ def measure(B: int, T: int, n: int) -> dict[str, Any]:
     for name, (method, config) in METHODS.items():
         calls |= {f"{name}: {part}": f for part, f in parts_of(tuned(method, config), B, T).items()}
     first = only(minilm(), lambda path: path in ("bert.embeddings.LayerNorm.weight", "classifier.weight", "classifier.bias"))
-    small = BertForSequenceClassification(BertConfig(hidden_size=12, num_hidden_layers=6, num_attention_heads=12, intermediate_size=48, vocab_size=101,
-                                                     hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0))
+    small = BertForSequenceClassification(BertConfig(
+        hidden_size=12, num_hidden_layers=6, num_attention_heads=12, intermediate_size=48, vocab_size=101, hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0))
     calls[FIRST] = parts_of(first, B, T)["gradients"]
     calls[DROPOUT] = parts_of(minilm(0.1), B, T)["step"]
     calls[EMPTY] = parts_of(small.train(), 1, 2)["step"]
     found = rounds(calls, n, 150, 3, SHARE, time.process_time)
-    print(B, T, {name: round(ratio(found, f"{name}: step", "full: step")[0], 3) for name in METHODS}, "thrown:", found["thrown"], flush=True)
+    told = {name: round(ratio(found, f"{name}: step", "full: step")[0], 3) for name in METHODS}
+    print(B, T, told, "thrown:", found["thrown"], flush=True)
     return found
 
 
@@ -100,31 +102,32 @@ def share(found: dict[str, Any], plus: str, minus: str | None = None) -> str:
 
 def render(facts: dict[str, Any]) -> str:
     """All tables."""
-    head = (f"{bench.machine()}, {bench.today()}. {bench.versions(os.sys.executable, 'torch', 'transformers')}, {torch.get_num_threads()} thread, "
-            f"{torch.backends.cpu.get_cpu_capability()}. Others were allowed {SHARE:g} of a core.")
+    head = (f"{bench.machine()}, {bench.today()}. {bench.versions(os.sys.executable, 'torch', 'transformers')}, "
+            f"{torch.get_num_threads()} thread, {torch.backends.cpu.get_cpu_capability()}. Others were allowed {SHARE:g} of a core.")
     budget, methods = [], []
     quiet = sizes(minilm())
     for shape, found in facts.items():
         B, T = map(int, shape.split(" x "))
         s, full = found["seconds"], count(quiet, "full", B, T).flops
         counted = [f"{100 * full[p] / sum(full.values()):.0f} %" for p in full]
-        budget.append([shape, f"{statistics.median(s['full: step']):.2f} s", share(found, "full: forward"), share(found, FIRST, "full: forward"),
-                       share(found, "full: gradients", FIRST), share(found, "full: step", "full: gradients"), share(found, EMPTY),
-                       share(found, DROPOUT, "full: step"), " / ".join(counted)])
+        parts = [("full: forward", None), (FIRST, "full: forward"), ("full: gradients", FIRST), ("full: step", "full: gradients"), (EMPTY, None),
+                 (DROPOUT, "full: step")]
+        budget.append([shape, f"{statistics.median(s['full: step']):.2f} s", *(share(found, *p) for p in parts), " / ".join(counted)])
         for name, (method, config) in METHODS.items():
             work = sum(count(quiet, method, B, T, **config).flops.values()) / sum(full.values())
-            methods.append([f"{shape}: {name}", spread(ratio(found, f"{name}: step", "full: step")), f"{work:.2f}", share(found, f"{name}: forward"),
-                            share(found, f"{name}: gradients", f"{name}: forward"), share(found, f"{name}: step", f"{name}: gradients"),
-                            f"{len(s[f'{name}: step'])} ({found['thrown']})"])
+            forward, gradients, step = (f"{name}: {part}" for part in ("forward", "gradients", "step"))
+            methods.append([f"{shape}: {name}", spread(ratio(found, step, "full: step")), f"{work:.2f}", share(found, forward),
+                            share(found, gradients, forward), share(found, step, gradients), f"{len(s[step])} ({found['thrown']})"])
     return "\n\n".join([
         head,
-        "Full tuning by ablation, in percent of its step: the forward pass; what a backward pass adds when only the first norm trains (the gradients of "
-        "the inputs); what it adds when everything trains (the gradients of the weights); the fused AdamW update. Python and dispatch are not a fifth part "
-        "but lie in all of them: they are the step of a model with the same operations and width 12, on two tokens. Dropout comes on top. Last, the same four parts in "
-        "FLOPs, as chapter 38 counts them.\n\n" + table(
-            ["batch x length", "step", "forward", "input gradients", "weight gradients", "optimizer", "of these, Python", "dropout adds", "FLOPs"], budget),
-        "Each method's step over full tuning's, median of the ratios within a round with the smallest and the largest, beside the ratio of the FLOPs; its parts in percent "
-        "of full tuning's step.\n\n" + table(
+        "Full tuning by ablation, in percent of its step: the forward pass; what a backward pass adds when only the first norm trains "
+        "(the gradients of the inputs); what it adds when everything trains (the gradients of the weights); the fused AdamW update. "
+        "Python and dispatch are not a fifth part but lie in all of them: they are the step of a model with the same operations and width 12, "
+        "on two tokens. Dropout comes on top. Last, the same four parts in FLOPs, as chapter 38 counts them.\n\n" + table(
+            ["batch x length", "step", "forward", "input gradients", "weight gradients", "optimizer", "of these, Python", "dropout adds",
+             "FLOPs"], budget),
+        "Each method's step over full tuning's, median of the ratios within a round with the smallest and the largest, beside the ratio of "
+        "the FLOPs; its parts in percent of full tuning's step.\n\n" + table(
             ["method", "step over full's", "FLOPs over full's", "forward", "backward", "optimizer", "rounds (thrown away)"], methods)])
 
 

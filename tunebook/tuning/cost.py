@@ -11,7 +11,6 @@ __all__ = ['PARTS', 'LAYER', 'Wrap', 'QV', 'PLANS', 'PARAMETERS', 'Meter', 'Stor
 
 # %% ../../nbs/tuning/38_cost.ipynb #0ea00cbd
 import math
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -89,8 +88,9 @@ class Tape:
         on = new or self.trains(path)
         return self.weights.setdefault(path, Ghost(shape, Store(4 * math.prod(shape)), path if on else None))
 
-    def op(self, inputs: Sequence[Ghost], shape: tuple[int, ...], keep: Sequence[Ghost | Store] = (), extra: Sequence[int] = (), flops: int = 0,
-           back: Sequence[int | None] | None = None, share: Ghost | None = None, keep_result: bool = False, scratch: int = 0) -> Ghost:
+    def op(self, inputs: Sequence[Ghost], shape: tuple[int, ...], keep: Sequence[Ghost | Store] = (), extra: Sequence[int] = (),
+           flops: int = 0, back: Sequence[int | None] | None = None, share: Ghost | None = None, keep_result: bool = False,
+           scratch: int = 0) -> Ghost:
         """A result: keep and extra bytes for the way back, FLOPs there and back by input; share: a view of another tensor's memory."""
         store = share.store if share else Store(4 * math.prod(shape), self.meter)
         kept = [k.store if isinstance(k, Ghost) else k for k in keep] + [Store(n, self.meter) for n in extra] + [store] * keep_result
@@ -116,7 +116,7 @@ def backward(t: Tape) -> None:
         made = [(e.to, arrived if e.flops is None else Store(e.size, t.meter)) for e in node.edges]
         for e in node.edges: t.flops["weight gradients" if isinstance(e.to, str) else "input gradients"] += e.flops or 0
         node.kept.clear()
-        arrived = scratch = None
+        del arrived, scratch
         while made:
             to, gradient = made.pop(0)
             if isinstance(to, str): t.gradients.setdefault(to, gradient)
@@ -237,7 +237,8 @@ def matched(
     if names == "all-linear": return list(matrices(s))
     names = [names] if isinstance(names, str) else list(names)
     found = {n: [p for p in matrices(s) if p == n or p.endswith(f".{n}")] for n in names}
-    if bare := [n for n in names if not found[n]]: raise ValueError(f"no layer is called {bare[0]!r}; there are: {', '.join(LAYER)}, pooler.dense")
+    if bare := [n for n in names if not found[n]]:
+        raise ValueError(f"no layer is called {bare[0]!r}; there are: {', '.join(LAYER)}, pooler.dense")
     return [p for p in matrices(s) if any(p in ps for ps in found.values())]
 
 # %% ../../nbs/tuning/38_cost.ipynb #9272e99e
@@ -263,6 +264,7 @@ class Step:
     held: list[Any] = field(default_factory=list)  # what the caller holds until the base model is through
 
     def __post_init__(self) -> None:
+        """Begin an empty tape."""
         self.t = Tape(lambda path: path.startswith("classifier") or self.plan.trains(path))
         self.shapes = matrices(self.s) | {"classifier": (self.s.C, self.s.d)}
 
@@ -432,7 +434,8 @@ def lstm(hidden: int, layers: int, tokens: int) -> Callable[[Tape, Sizes], Ghost
         x, = _new(t, "rows", rows=(tokens, s.d))
         for k in range(layers):
             w, u = (4 * hidden, x.shape[1]), (4 * hidden, hidden)
-            new = _new(t, f"lstm.{k}", **{f"{n}{way}": shape for way in "fb" for n, shape in (("w", w), ("u", u), ("b", w[:1]), ("c", w[:1]))})
+            shapes = {"w": w, "u": u, "b": w[:1], "c": w[:1]}
+            new = _new(t, f"lstm.{k}", **{n + way: shape for way in ("", "_reverse") for n, shape in shapes.items()})
             a, c = (2 * tokens * math.prod(shape) for shape in (w, u))
             x = t.op([x, *new], (tokens, 2 * hidden), [x], [4 * 12 * tokens * hidden], 2 * (a + c), [2 * a, *2 * [a, c, 0, 0]])
         for k, (i, o) in enumerate(((2 * hidden, 2 * hidden), (2 * hidden, s.d))):
@@ -535,7 +538,9 @@ def _pairs(s: Sizes, targets: Sequence[str] | str, each: Callable[[int, int], in
 
 def _net(widths: Sequence[int]) -> int: return sum(o * (i + 1) for i, o in zip(widths, widths[1:]))
 
-def _lstm(d: int, h: int, layers: int) -> int: return sum(8 * h * ((2 * h if k else d) + h + 2) for k in range(layers)) + _net([2 * h, 2 * h, d])
+def _lstm(d: int, h: int, layers: int) -> int:
+    "Both directions of each layer, and two linear layers."
+    return sum(8 * h * ((2 * h if k else d) + h + 2) for k in range(layers)) + _net([2 * h, 2 * h, d])
 
 PARAMETERS: dict[str, Callable[..., int]] = {
     "full": lambda s, **_: (s.V + s.P + s.types + 2) * s.d + s.L * _block(s) + _net([s.d, s.d]),
