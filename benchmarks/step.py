@@ -110,8 +110,8 @@ def render(facts: dict[str, Any]) -> str:
         B, T = map(int, shape.split(" x "))
         s, full = found["seconds"], count(quiet, "full", B, T).flops
         counted = [f"{100 * full[p] / sum(full.values()):.0f} %" for p in full]
-        parts = [("full: forward", None), (FIRST, "full: forward"), ("full: gradients", FIRST), ("full: step", "full: gradients"), (EMPTY, None),
-                 (DROPOUT, "full: step")]
+        parts = [("full: forward", None), (FIRST, "full: forward"), ("full: gradients", FIRST), ("full: step", "full: gradients"),
+                 (EMPTY, None), (DROPOUT, "full: step")]
         budget.append([shape, f"{statistics.median(s['full: step']):.2f} s", *(share(found, *p) for p in parts), " / ".join(counted)])
         for name, (method, config) in METHODS.items():
             work = sum(count(quiet, method, B, T, **config).flops.values()) / sum(full.values())
@@ -122,8 +122,8 @@ def render(facts: dict[str, Any]) -> str:
         head,
         "Full tuning by ablation, in percent of its step: the forward pass; what a backward pass adds when only the first norm trains "
         "(the gradients of the inputs); what it adds when everything trains (the gradients of the weights); the fused AdamW update. "
-        "Python and dispatch are not a fifth part but lie in all of them: they are the step of a model with the same operations and width 12, "
-        "on two tokens. Dropout comes on top. Last, the same four parts in FLOPs, as chapter 38 counts them.\n\n" + table(
+        "Python and dispatch are not a fifth part but lie in all of them: they are the step of a model with the same operations and width "
+        "12, on two tokens. Dropout comes on top. Last, the same four parts in FLOPs, as chapter 38 counts them.\n\n" + table(
             ["batch x length", "step", "forward", "input gradients", "weight gradients", "optimizer", "of these, Python", "dropout adds",
              "FLOPs"], budget),
         "Each method's step over full tuning's, median of the ratios within a round with the smallest and the largest, beside the ratio of "

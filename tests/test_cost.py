@@ -24,7 +24,8 @@ FROZEN = ("full", "top", "head")
 ALL = [(name, {}) for name in PLANS] + [
     ("lora", {"targets": "all-linear", "r": 3}), ("lora", {"targets": ["intermediate.dense"], "dropout": 0.2}), ("lora", {"fused": False}),
     ("dora", {"targets": "all-linear"}), ("dora", {"dropout": 0.1}), ("adalora", {"targets": ["output.dense"]}),
-    ("houlsby", {"norms": True, "width": 5}), ("pfeiffer", {"activation": "tanh"}), ("ia3", {"targets": ["query", "intermediate.dense"], "feedforward": ["intermediate.dense"]}),
+    ("houlsby", {"norms": True, "width": 5}), ("pfeiffer", {"activation": "tanh"}),
+    ("ia3", {"targets": ["query", "intermediate.dense"], "feedforward": ["intermediate.dense"]}),
     ("bitfit", {"targets": ["query"]}), ("prompt", {"tokens": 3}), ("prefix", {"tokens": 2, "mlp": True, "hidden": 7}),
     ("ptuning", {"hidden": 9}), ("top", {"layers": 1})]
 MINILM = Sizes(L=6, d=384, f=1536, H=12, V=30522)

@@ -24,13 +24,15 @@ from .methods import adapters, known, trainable
 class Meter:
     """Bytes now, and the most there ever were."""
 
-    def __init__(self) -> None: self.now = self.top = 0
+    def __init__(self) -> None:
+        self.now = self.top = 0
 
     def move(self, size: int) -> None:  # bytes; negative when they are given back
         """Add to what is there."""
         self.now += size
         self.top = max(self.top, self.now)
 
+# %% ../../nbs/tuning/38_cost.ipynb #1111ee51
 class Store:
     """The memory of a tensor, on the meter as long as something refers to it; without a meter it was there before and stays."""
 
@@ -39,6 +41,7 @@ class Store:
         if meter: meter.move(size)
 
     def __del__(self) -> None:
+        """Give the bytes back."""
         if self.meter: self.meter.move(-self.size)
 
 # %% ../../nbs/tuning/38_cost.ipynb #e78c28d7
@@ -57,6 +60,7 @@ class Node:
     scratch: int = 0  # bytes that only its own way back needs
     gradient: Store | None = None  # what has arrived
 
+# %% ../../nbs/tuning/38_cost.ipynb #630c85d0
 @dataclass(eq=False)
 class Ghost:
     """A float32 tensor without numbers."""
@@ -65,10 +69,14 @@ class Ghost:
     source: Any = None  # a Node, the path of a weight that trains, or None: no gradient
 
     @property
-    def rows(self) -> int: return math.prod(self.shape[:-1])
+    def rows(self) -> int:
+        """All axes but the last."""
+        return math.prod(self.shape[:-1])
 
     @property
-    def size(self) -> int: return 4 * math.prod(self.shape)
+    def size(self) -> int:
+        """Bytes of its own numbers; a view's store may be larger."""
+        return 4 * math.prod(self.shape)
 
 # %% ../../nbs/tuning/38_cost.ipynb #500f9041
 PARTS = ("forward", "input gradients", "weight gradients", "optimizer")
@@ -129,6 +137,7 @@ def linear(t: Tape, x: Ghost, w: Ghost, b: Ghost | None = None) -> Ghost:
     n = 2 * x.rows * math.prod(w.shape)
     return t.op([x, w, *([b] if b else [])], (*x.shape[:-1], w.shape[0]), [x] * bool(w.source), flops=n, back=[n, n, 0])
 
+# %% ../../nbs/tuning/38_cost.ipynb #b280e0b4
 def matmul(t: Tape, a: Ghost, b: Ghost, shape: tuple[int, ...], n: int) -> Ghost:
     """The product of two tensors, neither a weight: each is kept for the gradient of the other; n FLOPs."""
     return t.op([a, b], shape, [a] * bool(b.source) + [b] * bool(a.source), flops=n, back=[n, n])
@@ -146,6 +155,7 @@ def fresh(t: Tape, x: Ghost) -> Ghost:
     """A copy, or x times a constant: nothing to keep."""
     return t.op([x], x.shape)
 
+# %% ../../nbs/tuning/38_cost.ipynb #eab8c2de
 def cat(t: Tape, parts: Sequence[Ghost], shape: tuple[int, ...]) -> Ghost:
     """Parts side by side; back, each takes its slice of the gradient."""
     return t.op(parts, shape, back=[None] * len(parts))
@@ -154,11 +164,12 @@ def view(t: Tape, x: Ghost, shape: tuple[int, ...]) -> Ghost:
     """A part of x or x repeated, in the same memory; back, a gradient of x's size is made."""
     return t.op([x], shape, share=x)
 
-# %% ../../nbs/tuning/38_cost.ipynb #56302932
+# %% ../../nbs/tuning/38_cost.ipynb #8b2dd04b
 def norm(t: Tape, x: Ghost, w: Ghost, b: Ghost) -> Ghost:
     """Layer norm: its input, and mean and deviation of each row."""
     return t.op([x, w, b], x.shape, [x], [4 * x.rows] * 2)
 
+# %% ../../nbs/tuning/38_cost.ipynb #3b6b8ed5
 def act(t: Tape, x: Ghost, kind: str = "gelu") -> Ghost:
     """GELU and SiLU keep their input, tanh and ReLU their result."""
     late = kind in ("tanh", "relu")
@@ -178,6 +189,7 @@ def attention(t: Tape, q: Ghost, k: Ghost, v: Ghost, H: int, mask: bool, p: floa
     if y.source: y.source.edges[0].flops = 5 * n
     return y
 
+# %% ../../nbs/tuning/38_cost.ipynb #873d1e3d
 def plain_attention(t: Tape, q: Ghost, k: Ghost, v: Ghost, shape: tuple[int, ...], n: int, mask: bool, p: float, packed: bool) -> Ghost:
     """Scores, softmax, dropout and mix one after the other; shape: B, H, T, S; n: FLOPs of one product."""
     def lay(x: Ghost) -> Ghost: return fresh(t, x)  # head by head, or scaled
@@ -207,6 +219,7 @@ class Sizes:
     drop: float = 0.0  # dropout of hidden states
     attention_drop: float = 0.0  # dropout of attention weights
 
+# %% ../../nbs/tuning/38_cost.ipynb #f89ca8bd
 def sizes(
     model: nn.Module | Sizes,  # transformers' BertForSequenceClassification
 ) -> Sizes:
@@ -218,7 +231,7 @@ def sizes(
     return Sizes(c.num_hidden_layers, c.hidden_size, c.intermediate_size, c.num_attention_heads, c.vocab_size, c.max_position_embeddings,
                  c.type_vocab_size, c.num_labels, c.hidden_act, c.hidden_dropout_prob, c.attention_probs_dropout_prob)
 
-# %% ../../nbs/tuning/38_cost.ipynb #f89ca8bd
+# %% ../../nbs/tuning/38_cost.ipynb #49b204ea
 LAYER = {"attention.self.query": "dd", "attention.self.key": "dd", "attention.self.value": "dd", "attention.output.dense": "dd",
          "intermediate.dense": "fd", "output.dense": "df"}
 
@@ -229,6 +242,7 @@ def matrices(
     found = {f"bert.encoder.layer.{i}.{name}": (getattr(s, o), getattr(s, k)) for i in range(s.L) for name, (o, k) in LAYER.items()}
     return found | {"bert.pooler.dense": (s.d, s.d)}
 
+# %% ../../nbs/tuning/38_cost.ipynb #541a3644
 def matched(
     s: Sizes,
     names: Sequence[str] | str,  # ends of paths, or "all-linear"
@@ -252,6 +266,7 @@ class Plan:
     tokens: int = 0  # virtual tokens before the text
     prefix: int = 0  # virtual keys and values in each layer
 
+# %% ../../nbs/tuning/38_cost.ipynb #ad05f567
 @dataclass
 class Step:
     """One forward pass on its way."""
@@ -268,12 +283,13 @@ class Step:
         self.t = Tape(lambda path: path.startswith("classifier") or self.plan.trains(path))
         self.shapes = matrices(self.s) | {"classifier": (self.s.C, self.s.d)}
 
-# %% ../../nbs/tuning/38_cost.ipynb #ad05f567
+# %% ../../nbs/tuning/38_cost.ipynb #d6b36431
 def layer(m: Step, path: str, x: Ghost) -> Ghost:
     """A linear layer of the model, or what the method has put in its place."""
     w, b = m.t.weight(f"{path}.weight", *m.shapes[path]), m.t.weight(f"{path}.bias", m.shapes[path][0])
     return m.plan.wrap[path](m.t, path, x, w, b) if path in m.plan.wrap else linear(m.t, x, w, b)
 
+# %% ../../nbs/tuning/38_cost.ipynb #6034ee2d
 def normed(m: Step, path: str, x: Ghost) -> Ghost:
     """A layer norm, or the method's copy."""
     if m.plan.norms: path = f"{path}.own"
@@ -292,6 +308,7 @@ def embeddings(m: Step) -> Ghost:
     x = add(t, x, table("position_embeddings", s.P, (1, *x.shape[1:])))
     return dropout(t, normed(m, "bert.embeddings.LayerNorm", x), s.drop)
 
+# %% ../../nbs/tuning/38_cost.ipynb #e09778b0
 def before(m: Step, x: Ghost) -> Ghost:
     """The text with virtual tokens before it; the call holds both the result and a mask of integers."""
     P, (B, T, d) = m.plan.tokens, x.shape
@@ -308,6 +325,7 @@ def attend(m: Step, path: str, x: Ghost) -> Ghost:
         m.held += [k, v]
     return attention(m.t, q, k, v, m.s.H, m.mask, m.s.attention_drop, packed=bool(P))
 
+# %% ../../nbs/tuning/38_cost.ipynb #399f853a
 def encoder_layer(m: Step, path: str, x: Ghost) -> Ghost:
     """Attention and feed-forward, each with dropout, residual and norm."""
     def close(name: str, y: Ghost, x: Ghost) -> Ghost:
@@ -334,6 +352,7 @@ def loss(m: Step) -> Ghost:
     z = t.op([z], z.shape, keep_result=True)
     return t.op([z], (), [z], [8 * m.B, 4])
 
+# %% ../../nbs/tuning/38_cost.ipynb #78271c1d
 def prepare(m: Step) -> Ghost:
     """The embeddings, and what is held beside them: the prefixes of the layers, the mask of pairs."""
     B, P, E = m.B, m.plan.prefix, m.s.d
@@ -352,6 +371,7 @@ def _new(t: Tape, path: str, **shapes: tuple[int, ...]) -> list[Ghost]:
     "Weights that the method brings."
     return [t.weight(f"{path}.{name}", *shape, new=True) for name, shape in shapes.items()]
 
+# %% ../../nbs/tuning/38_cost.ipynb #94f27dd0
 def low_rank(r: int, p: float = 0.0, fused: bool = True) -> Wrap:
     """W x + b + s B A x, p: dropout before A (Hu et al. 2021); fused: as one operation."""
     def apply(t: Tape, path: str, x: Ghost, w: Ghost, b: Ghost) -> Ghost:
@@ -387,6 +407,7 @@ def magnitude(r: int, p: float = 0.0) -> Wrap:
         return add(t, y, delta(t, path, x, w, y))
     return apply
 
+# %% ../../nbs/tuning/38_cost.ipynb #8ea396f8
 def singular(r: int, p: float = 0.0) -> Wrap:
     """W x + b + s P diag(E) Q x (Zhang et al. 2023)."""
     def apply(t: Tape, path: str, x: Ghost, w: Ghost, b: Ghost) -> Ghost:
@@ -407,6 +428,7 @@ def bottleneck(width: int, activation: str) -> Wrap:
         return add(t, h, linear(t, z, up, up_bias))
     return apply
 
+# %% ../../nbs/tuning/38_cost.ipynb #4cdb86eb
 def scaled(inputs: bool) -> Wrap:
     """IA3: inputs or outputs times a trained vector (Liu et al. 2022)."""
     def apply(t: Tape, path: str, x: Ghost, w: Ghost, b: Ghost) -> Ghost:
@@ -419,6 +441,7 @@ def rows_of(width: int, tokens: int) -> Callable[[Tape, Sizes], Ghost]:
     """A table of virtual tokens (Lester et al. 2021)."""
     return lambda t, s: _new(t, "rows", rows=(tokens, width))[0]
 
+# %% ../../nbs/tuning/38_cost.ipynb #c7893d57
 def through(widths: Sequence[int], tokens: int, activation: str) -> Callable[[Tape, Sizes], Ghost]:
     """A table, then linear layers of these widths with an activation between them (Li and Liang 2021, section 4.3)."""
     def make(t: Tape, s: Sizes) -> Ghost:
@@ -428,6 +451,7 @@ def through(widths: Sequence[int], tokens: int, activation: str) -> Callable[[Ta
         return x
     return make
 
+# %% ../../nbs/tuning/38_cost.ipynb #b656738a
 def lstm(hidden: int, layers: int, tokens: int) -> Callable[[Tape, Sizes], Ghost]:
     """An LSTM in both directions and two linear layers (Liu et al. 2021, section 3.2); its activations only roughly."""
     def make(t: Tape, s: Sizes) -> Ghost:
@@ -452,6 +476,7 @@ def _behind(s: Sizes, names: Sequence[str], width: int, activation: str, targets
     "Bottlenecks behind layers."
     return Plan(wrap=dict.fromkeys(matched(s, targets or names), bottleneck(width, activation)), norms=norms)
 
+# %% ../../nbs/tuning/38_cost.ipynb #becbee27
 def _second(s: Sizes) -> list[str]: return [p for p in matched(s, "output.dense") if "attention" not in p]
 
 def _scales(s: Sizes, targets: Sequence[str] | None = None, feedforward: Sequence[str] | None = None, **_: Any) -> dict[str, bool]:
@@ -460,11 +485,12 @@ def _scales(s: Sizes, targets: Sequence[str] | None = None, feedforward: Sequenc
     inputs = [p for p in _second(s) if p in found] if feedforward is None else matched(s, feedforward) if feedforward else []
     return {p: p in inputs for p in found}
 
+# %% ../../nbs/tuning/38_cost.ipynb #201d1ab4
 def _last(s: Sizes, layers: int) -> tuple[str, ...]:
     "How the paths of the last layers begin."
     return ("bert.pooler.", *(f"bert.encoder.layer.{i}." for i in range(max(s.L - layers, 0), s.L)))
 
-# %% ../../nbs/tuning/38_cost.ipynb #201d1ab4
+# %% ../../nbs/tuning/38_cost.ipynb #c1e2db47
 QV = ("query", "value")
 PLANS: dict[str, Callable[..., Plan]] = {
     "full": lambda s, **_: Plan(trains=lambda path: True),
@@ -477,6 +503,10 @@ PLANS: dict[str, Callable[..., Plan]] = {
         s, ["output.dense"], width, activation, targets, norms),
     "pfeiffer": lambda s, width=64, activation="relu", targets=None, **_: _behind(
         s, _second(s), width, activation, targets),
+}
+
+# %% ../../nbs/tuning/38_cost.ipynb #faed88b9
+PLANS |= {
     "ia3": lambda s, **c: Plan(wrap={p: scaled(inputs) for p, inputs in _scales(s, **c).items()}),
     "bitfit": lambda s, targets=None, **_: Plan(trains=lambda path: path.endswith(
         ".bias" if targets is None else tuple(f".{n}.bias" for n in targets))),
@@ -486,8 +516,8 @@ PLANS: dict[str, Callable[..., Plan]] = {
         [s.d, hidden or s.d, 2 * s.L * s.d], tokens, "tanh") if mlp else rows_of(2 * s.L * s.d, tokens)),
     "ptuning": lambda s, tokens=20, encoder="mlp", hidden=None, layers=2, **_: Plan(tokens=tokens, rows=lstm(
         hidden or s.d, layers, tokens) if encoder == "lstm" else through([s.d, *2 * [hidden or s.d], s.d], tokens, "relu")),
+    **{name: PLANS["lora"] for name in ("rslora", "pissa")},
 }
-PLANS |= {name: PLANS["lora"] for name in ("rslora", "pissa")}
 
 # %% ../../nbs/tuning/38_cost.ipynb #f0c4cb3c
 @dataclass(frozen=True)
@@ -500,17 +530,26 @@ class Budget:
     flops: dict[str, int]  # by part
 
     @property
-    def weights(self) -> int: return 4 * self.total
+    def weights(self) -> int:
+        """Bytes of all weights."""
+        return 4 * self.total
 
     @property
-    def gradients(self) -> int: return 4 * self.trainable
+    def gradients(self) -> int:
+        """Bytes of all gradients."""
+        return 4 * self.trainable
 
     @property
-    def moments(self) -> int: return 8 * self.trainable
+    def moments(self) -> int:
+        """Bytes of Adam's means and mean squares."""
+        return 8 * self.trainable
 
     @property
-    def peak(self) -> int: return self.weights + self.moments + self.above
+    def peak(self) -> int:
+        """The most bytes that a step has at once, weights and moments included."""
+        return self.weights + self.moments + self.above
 
+# %% ../../nbs/tuning/38_cost.ipynb #e159691c
 def walk(
     s: Sizes,
     plan: Plan,
@@ -542,6 +581,7 @@ def _lstm(d: int, h: int, layers: int) -> int:
     "Both directions of each layer, and two linear layers."
     return sum(8 * h * ((2 * h if k else d) + h + 2) for k in range(layers)) + _net([2 * h, 2 * h, d])
 
+# %% ../../nbs/tuning/38_cost.ipynb #0b32b0bb
 PARAMETERS: dict[str, Callable[..., int]] = {
     "full": lambda s, **_: (s.V + s.P + s.types + 2) * s.d + s.L * _block(s) + _net([s.d, s.d]),
     "top": lambda s, layers=2, **_: min(layers, s.L) * _block(s) + _net([s.d, s.d]),
@@ -552,6 +592,10 @@ PARAMETERS: dict[str, Callable[..., int]] = {
     "houlsby": lambda s, width=64, targets=None, norms=False, **_: _pairs(
         s, targets or "output.dense", lambda o, i: _net([o, width, o])) + norms * (2 * s.L + 1) * 2 * s.d,
     "pfeiffer": lambda s, width=64, targets=None, **_: _pairs(s, targets or _second(s), lambda o, i: _net([o, width, o])),
+}
+
+# %% ../../nbs/tuning/38_cost.ipynb #1722bd2a
+PARAMETERS |= {
     "ia3": lambda s, **c: sum(matrices(s)[p][int(inputs)] for p, inputs in _scales(s, **c).items()),
     "bitfit": lambda s, targets=None, **_: _pairs(s, targets, lambda o, i: o) if targets else s.L * (7 * s.d + s.f) + 2 * s.d,
     "layernorm": lambda s, **_: (2 * s.L + 1) * 2 * s.d,
@@ -560,10 +604,10 @@ PARAMETERS: dict[str, Callable[..., int]] = {
         [s.d, hidden or s.d, 2 * s.L * s.d]) if mlp else 2 * tokens * s.L * s.d,
     "ptuning": lambda s, tokens=20, encoder="mlp", hidden=None, layers=2, **_: tokens * s.d + (_lstm(
         s.d, hidden or s.d, layers) if encoder == "lstm" else _net([s.d, *2 * [hidden or s.d], s.d])),
+    **{name: PARAMETERS["lora"] for name in ("rslora", "pissa")},
 }
-PARAMETERS |= {name: PARAMETERS["lora"] for name in ("rslora", "pissa")}
 
-# %% ../../nbs/tuning/38_cost.ipynb #0b32b0bb
+# %% ../../nbs/tuning/38_cost.ipynb #08078baf
 def parameters(
     what: nn.Module | Sizes,
     method: str,  # a name of `methods.METHODS`
@@ -574,6 +618,7 @@ def parameters(
     s = sizes(what)
     return PARAMETERS[method](s, **config) + _net([s.d, s.C])
 
+# %% ../../nbs/tuning/38_cost.ipynb #cdac6d09
 def count(
     what: nn.Module | Sizes,
     method: str | None = None,  # a name of `methods.METHODS`; None: what is attached to the model
@@ -605,6 +650,7 @@ def free(
     except OSError: return None
     return sum(1024 * int(lines[key].split()[0]) for key in ("MemAvailable", "SwapFree") if key in lines)
 
+# %% ../../nbs/tuning/38_cost.ipynb #a54320e9
 def least(
     model: nn.Module,  # as it is going to be trained
     B: int,  # texts in a batch
