@@ -229,3 +229,12 @@ def test_the_command_complains_in_one_line(argv, message, tmp_path, monkeypatch,
     assert main(argv) == 2
     err = capsys.readouterr().err
     assert message in err and err.count("\n") == 1
+
+
+def test_memory_that_cannot_suffice_is_told_before_training(monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("tunebook.tuning.cost.free", lambda device: 10**8)
+    write(tmp_path / "mine.csv", ROWS)
+    assert main(["tune", "full", "--data", "mine.csv"]) == 2
+    err = capsys.readouterr().err
+    assert "takes at least" in err and "MB are free" in err and err.count("\n") == 1

@@ -11,6 +11,7 @@ __all__ = ['Rows', 'FORMATS', 'SETTINGS', 'read_rows', 'splits_of', 'sample', 'b
 import argparse
 import csv
 import json
+import math
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -25,6 +26,7 @@ from ..kit import data as sets
 from ..kit.ledger import used
 from . import methods
 from .batches import encode
+from .cost import enough
 from .methods import METHODS, after_update, attach, detach, known, load_adapter, penalized, save_adapter
 from .methods import merge, off, trainable, unmerge, use
 from .train import Recipe, Run, classify, evaluate, fit, predict
@@ -182,6 +184,8 @@ def tune(
     def encoded(rows: Rows) -> list[dict[str, Any]]:
         return encode([r["text"] for r in rows], [r["label"] for r in rows], tokenizer, recipe.limit)
     examples = {s: encoded(splits[s]) for s in wanted}
+    longest = max(len(e["input_ids"]) for e in examples["train"])
+    enough(net, math.ceil(recipe.batch / recipe.accumulate), longest, precision=recipe.precision)
     run = fit(net, examples["train"], examples.get("validation"), recipe, loss=penalized(classify), after=after_update,
               folder=Path(folder) / "checkpoints" if folder else None, progress=progress)
     if test: run.metrics |= {f"test_{k}": v for k, v in evaluate(net, examples["test"]).items()}
@@ -199,7 +203,7 @@ def cmd_tune(
     try:
         run = tune(args.model, args.method, args.data, rows=args.rows, seed=args.seed, folder=folder, test=args.test, device=args.device,
                    progress=sys.stderr.isatty(), **given, **{k: parse_value(v) for k, v in args.set})
-    except (ValueError, TypeError, FileNotFoundError, FloatingPointError) as e: raise Problem(str(e)) from e
+    except (ValueError, TypeError, FileNotFoundError, FloatingPointError, MemoryError) as e: raise Problem(str(e)) from e
     print(run)
     print(f"adapter: {folder / 'adapter'}")
     return 0
