@@ -19,21 +19,16 @@ from tunebook.tuning.methods import attach
 def plain_name(name: str) -> str:
     """A parameter's name in both libraries."""
     for theirs, ours in (("base_model.", ""), ("modules_to_save.", ""), ("prompt_encoder", "virtual"), (".default", ""), ("_default", ""),
-                         ("transform", "encoder"), ("embedding.weight", "rows")):
+                         ("embedding.weight", "rows")):
         name = name.replace(theirs, ours)
     return name
 
 
-def pair(config: type, method: str, **settings: bool) -> lora.Pair:
-    """20 virtual tokens in both libraries; ours may not be slower."""
-    theirs = config(task_type="SEQ_CLS", num_virtual_tokens=20, **{"prefix_projection": True} if settings else {})
-    return lora.Pair(partial(attach, method=method, tokens=20, **settings), partial(get_peft_model, peft_config=theirs), 1.00, 1.00)
-
-
 lora.plain_name = plain_name
 lora.PAIRS.clear()
-lora.PAIRS |= {"prefix": pair(PrefixTuningConfig, "prefix"), "prefix made by an MLP": pair(PrefixTuningConfig, "prefix", mlp=True),
-               "prompt": pair(PromptTuningConfig, "prompt")}
+for method, config in (("prefix", PrefixTuningConfig), ("prompt", PromptTuningConfig)):
+    theirs = partial(get_peft_model, peft_config=config(task_type="SEQ_CLS", num_virtual_tokens=20))
+    lora.PAIRS[method] = lora.Pair(partial(attach, method=method, tokens=20), theirs, 1.00, 1.00)
 
 if __name__ == "__main__":
     torch.manual_seed(0)
