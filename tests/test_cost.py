@@ -113,7 +113,7 @@ def test_what_is_attached_is_what_is_counted(name):
 def test_the_walk_gives_everything_back():
     m = cost.Step(MINILM, PLANS["lora"](MINILM), 2, 8, True)
     result = cost.loss(m)
-    assert m.t.meter.now > m.t.saved() - 8 * 2 * 8 * 2 - 100 > 0
+    assert m.t.meter.now > m.t.saved() / 2
     cost.backward(m.t)
     del result
     gc.collect()
