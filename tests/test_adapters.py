@@ -309,6 +309,14 @@ def test_peft_is_told_of_conv1d_without_a_warning(tmp_path):
     assert not [w for w in seen if "fan_in_fan_out" in str(w.message)]
 
 
+@pytest.mark.parametrize("method, targets", [("houlsby", "output.dense"), ("pfeiffer", "all-linear"), ("ia3", "all-linear"), ("ia3", "key"),
+                                             ("bitfit", "query"), ("layernorm", "LayerNorm")])
+def test_one_name_is_a_string(method, targets, tmp_path):
+    model = moved(attach(bert(), method, targets=targets))
+    assert adapters(model)["default"].config["targets"] == targets
+    same(logits(load_adapter(bert(), save_adapter(model, tmp_path))), logits(model))
+
+
 # Several, and merging
 
 def test_two_adapters_multiply_and_switch():

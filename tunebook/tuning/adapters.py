@@ -74,21 +74,26 @@ class Bottleneck(Layer):
         return h + self.up(self.act(self.down(h.to(self.up.weight.dtype)))).to(h.dtype)
 
 # %% ../../nbs/tuning/34_adapters.ipynb #e5714c95
-def _bottlenecks(model: nn.Module, name: str, targets: Sequence[str], width: int, activation: str) -> dict[str, Any]:
+def _plain(targets: Sequence[str] | str) -> list[str] | str:
+    "As JSON holds it; one name, or `all-linear`, stays a string."
+    return targets if isinstance(targets, str) else list(targets)
+
+# %% ../../nbs/tuning/34_adapters.ipynb #33702f7d
+def _bottlenecks(model: nn.Module, name: str, targets: Sequence[str] | str, width: int, activation: str) -> dict[str, Any]:
     "Put bottlenecks behind layers; the settings, for the file."
     if activation not in ACTIVATIONS: raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
     if not isinstance(width, int) or width < 1: raise ValueError(f"width must be a whole number from 1 on, got {width!r}")
     for path, layer in find(model, targets).items(): replace(model, path, Bottleneck(layer, name, width, activation))
-    return {"targets": list(targets), "width": width, "activation": activation}
+    return {"targets": _plain(targets), "width": width, "activation": activation}
 
 def pfeiffer(
     model: nn.Module,
     name: str,  # of the adapter
     width: int = 64,  # R, numbers in the bottleneck
     activation: str = "relu",  # gelu, relu, silu or tanh
-    targets: Sequence[str] | None = None,  # linear layers; None: the feed-forward's second layer
+    targets: Sequence[str] | str | None = None,  # linear layers; None: the feed-forward's second layer
 ) -> dict[str, Any]:  # the settings
-    """One bottleneck in each layer, behind the feed-forward (Pfeiffer et al. 2021, section 3.2)."""
+    """One bottleneck in each layer, behind the feed-forward (Pfeiffer et al. 2021)."""
     return _bottlenecks(model, name, projections(model)[1] if targets is None else targets, width, activation)
 
 # %% ../../nbs/tuning/34_adapters.ipynb #898423b9
@@ -97,12 +102,11 @@ def houlsby(
     name: str,  # of the adapter
     width: int = 64,  # R, numbers in the bottleneck
     activation: str = "gelu",  # gelu, relu, silu or tanh
-    targets: Sequence[str] | None = None,  # linear layers; None: attention's output projection and the feed-forward's second layer
+    targets: Sequence[str] | str | None = None,  # linear layers; None: attention's output projection and the feed-forward's second layer
     norms: bool = False,  # train the norms too, as the paper does
 ) -> dict[str, Any]:  # the settings
     """Two bottlenecks in each layer (Houlsby et al. 2019, section 2.1)."""
-    first, second = projections(model) if targets is None else (targets, [])
-    filled = _bottlenecks(model, name, [*first, *second], width, activation)
+    filled = _bottlenecks(model, name, sum(projections(model), []) if targets is None else targets, width, activation)
     if norms: layernorm(model, name)
     return filled | {"norms": norms}
 
@@ -142,8 +146,8 @@ KEYS = ("key", "value", "k_proj", "v_proj", "key_proj", "value_proj", "k_lin", "
 def ia3(
     model: nn.Module,
     name: str,  # of the adapter
-    targets: Sequence[str] | None = None,  # linear layers; None: keys, values, and the feed-forward's second layer
-    feedforward: Sequence[str] | None = None,  # those of them whose inputs are scaled; None: the feed-forward's second layers
+    targets: Sequence[str] | str | None = None,  # linear layers; None: keys, values, and the feed-forward's second layer
+    feedforward: Sequence[str] | str | None = None,  # those of them whose inputs are scaled; None: the feed-forward's second layers
 ) -> dict[str, Any]:  # the settings
     """Vectors that scale keys, values and inner activations (Liu et al. 2022, section 3.3)."""
     if targets is None:
@@ -156,7 +160,7 @@ def ia3(
     if stray := sorted(inputs.keys() - found.keys()):
         raise ValueError(f"feedforward must be among the targets, which lack {', '.join(stray)}")
     for path, layer in found.items(): replace(model, path, Scale(layer, name, path in inputs))
-    return {"targets": list(targets), "feedforward": list(feedforward)}
+    return {"targets": _plain(targets), "feedforward": _plain(feedforward)}
 
 # %% ../../nbs/tuning/34_adapters.ipynb #acd65f3c
 def _heads(model: nn.Module) -> set[nn.Module]:
@@ -167,7 +171,7 @@ def _heads(model: nn.Module) -> set[nn.Module]:
 def bitfit(
     model: nn.Module,
     name: str,  # of the adapter
-    targets: Sequence[str] | None = None,  # modules whose bias trains, such as "query"; None: all
+    targets: Sequence[str] | str | None = None,  # modules whose bias trains, such as "query"; None: all
 ) -> dict[str, Any]:  # the settings
     """Let the biases of the model train (Ben Zaken et al. 2022, section 3)."""
     top = _heads(model)
@@ -176,7 +180,7 @@ def bitfit(
     chosen = [inner(m).bias for m in found.values() if biased(m)]
     if not chosen: raise ValueError(f"this {type(model).__name__} has no biases: BitFit has nothing to train, choose another method")
     for bias in chosen: bias.requires_grad_(True)
-    return {"targets": None if targets is None else list(targets)}
+    return {"targets": None if targets is None else _plain(targets)}
 
 # %% ../../nbs/tuning/34_adapters.ipynb #8872fd16
 class Norm(Layer):
@@ -208,7 +212,7 @@ def is_norm(
 def layernorm(
     model: nn.Module,
     name: str,  # of the adapter
-    targets: Sequence[str] | None = None,  # norms, by the end of their path; None: all but those in a head
+    targets: Sequence[str] | str | None = None,  # norms, by the end of their path; None: all but those in a head
 ) -> dict[str, Any]:  # the settings
     """Let copies of the norms train (Zhao et al. 2023, arXiv 2312.11420)."""
     top = _heads(model)
@@ -216,4 +220,4 @@ def layernorm(
     if targets is None: targets = sorted({path.rsplit(".", 1)[-1] for path, m in layers(model) if own(m)})
     if not targets: raise ValueError(f"this {type(model).__name__} has no LayerNorm or RMSNorm to train: choose another method")
     for path, layer in find(model, targets, own).items(): replace(model, path, Norm(layer, name))
-    return {"targets": list(targets)}
+    return {"targets": _plain(targets)}
