@@ -24,14 +24,14 @@ from torch import nn
 from transformers import BertConfig, BertForSequenceClassification
 
 from tunebook.kit.models import load
-from tunebook.tuning.cost import PLANS, count, sizes
+from tunebook.tuning.cost import count, sizes
 from tunebook.tuning.methods import attach
 
 SHAPES = [(16, length, n) for length, n in ((32, 9), (64, 7), (128, 5))]
 SHARE = float(os.environ.get("BENCH_SHARE", "0.05"))  # of a core that other processes may take in a round
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "full": ("full", {}), "LoRA, query and value": ("lora", {}), "LoRA, all linear": ("lora", {"targets": "all-linear"}),
-    "top 2 layers": ("top", {"layers": 2}), "head": ("head", {})}
+    "top 2 layers": ("top", {"k": 2}), "head": ("head", {})}
 FIRST, DROPOUT, EMPTY = "full, only the first norm", "full, dropout 0.1", "full, of width 12"
 
 
@@ -46,15 +46,6 @@ def only(model: nn.Module, trains: Callable[[str], bool]) -> nn.Module:
     for path, p in model.named_parameters():
         p.requires_grad_(trains(path))
     return model
-
-
-def tuned(method: str, config: dict[str, Any]) -> nn.Module:
-    """MiniLM with a method."""
-    model = minilm()
-    if method not in ("full", "top", "head"):
-        return attach(model, method, **config).train()
-    plan = PLANS[method](sizes(model), **config)
-    return only(model, lambda path: path.startswith("classifier") or plan.trains(path))
 
 
 def parts_of(model: nn.Module, B: int, T: int) -> dict[str, Callable[[], None]]:
@@ -76,7 +67,7 @@ def measure(B: int, T: int, n: int) -> dict[str, Any]:
     """CPU seconds, interleaved."""
     calls: dict[str, Callable[[], None]] = {}
     for name, (method, config) in METHODS.items():
-        calls |= {f"{name}: {part}": f for part, f in parts_of(tuned(method, config), B, T).items()}
+        calls |= {f"{name}: {part}": f for part, f in parts_of(attach(minilm(), method, **config).train(), B, T).items()}
     first = only(minilm(), lambda path: path in ("bert.embeddings.LayerNorm.weight", "classifier.weight", "classifier.bias"))
     small = BertForSequenceClassification(BertConfig(
         hidden_size=12, num_hidden_layers=6, num_attention_heads=12, intermediate_size=48, vocab_size=101, hidden_dropout_prob=0.0,

@@ -20,14 +20,13 @@ KNOWN = {aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *a, o
          aten._scaled_dot_product_flash_attention_for_cpu_backward:
              lambda g, q, k, v, *a, out_shape=None, **kw: flop_counter.sdpa_backward_flop_count(g, q, k, v),
          aten.addmm_: lambda y, a, b, *rest, out_shape=None, **kw: flop_counter.mm_flop(a, b)}
-FROZEN = ("full", "top", "head")
 ALL = [(name, {}) for name in PLANS] + [
     ("lora", {"targets": "all-linear", "r": 3}), ("lora", {"targets": ["intermediate.dense"], "dropout": 0.2}), ("lora", {"fused": False}),
     ("dora", {"targets": "all-linear"}), ("dora", {"dropout": 0.1}), ("adalora", {"targets": ["output.dense"]}),
     ("houlsby", {"norms": True, "width": 5}), ("pfeiffer", {"activation": "tanh"}),
     ("ia3", {"targets": ["query", "intermediate.dense"], "feedforward": ["intermediate.dense"]}),
     ("bitfit", {"targets": ["query"]}), ("prompt", {"tokens": 3}), ("prefix", {"tokens": 2, "mlp": True, "hidden": 7}),
-    ("ptuning", {"hidden": 9}), ("top", {"layers": 1})]
+    ("ptuning", {"hidden": 9}), ("top", {"k": 1})]
 MINILM = Sizes(L=6, d=384, f=1536, H=12, V=30522)
 
 
@@ -44,15 +43,6 @@ def model_of(s):
     return BertForSequenceClassification(BertConfig(
         hidden_size=s.d, num_hidden_layers=s.L, num_attention_heads=s.H, intermediate_size=s.f, vocab_size=s.V, max_position_embeddings=s.P,
         type_vocab_size=s.types, num_labels=s.C, hidden_dropout_prob=s.drop, attention_probs_dropout_prob=s.attention_drop))
-
-
-def put(model, name, config):
-    if name in FROZEN:
-        plan = PLANS[name](sizes(model), **config)
-        for path, p in model.named_parameters():
-            p.requires_grad_(path.startswith("classifier") or plan.trains(path))
-        return model.train()
-    return attach(model, name, **config).train()
 
 
 def kept(model, batch, y):
@@ -78,7 +68,9 @@ def batch_of(s, B, T, mask):
 @given(s=shapes(), case=st.sampled_from(ALL), B=st.integers(1, 5), T=st.integers(2, 20), mask=st.booleans())
 def test_parameters_bytes_and_flops_are_those_of_the_model(s, case, B, T, mask):
     name, config = case
-    model = put(model_of(s), name, config)
+    if name == "top" and not config:
+        config = {"k": min(2, s.L)}
+    model = attach(model_of(s), name, **config).train()
     b, batch, y = count(s, name, B, T, mask, **config), batch_of(s, B, T, mask), torch.zeros(B, dtype=torch.long)
     real = sum(p.numel() for p in model.parameters() if p.requires_grad)
     assert b.trainable == real == parameters(s, name, **config) == parameters(model, name, **config)
@@ -94,7 +86,7 @@ def test_every_method_is_counted():
 
 def test_an_lstm_before_the_text():
     s = replace(MINILM, L=2, V=100)
-    model = put(model_of(s), "ptuning", {"encoder": "lstm"})
+    model = attach(model_of(s), "ptuning", encoder="lstm").train()
     real = sum(p.numel() for p in model.parameters() if p.requires_grad)
     assert count(s, "ptuning", 4, 64, encoder="lstm").trainable == real == parameters(s, "ptuning", encoder="lstm")
     batch, y = batch_of(s, 4, 64, False), torch.zeros(4, dtype=torch.long)
@@ -104,8 +96,6 @@ def test_an_lstm_before_the_text():
 @pytest.mark.parametrize("name", list(METHODS))
 def test_what_is_attached_is_what_is_counted(name):
     s = Sizes(L=2, d=16, f=40, H=2, V=50, P=64)
-    if name in FROZEN:
-        return
     model = attach(model_of(s), name)
     assert count(model, B=2, T=5) == count(s, name, 2, 5) == count(model, name, 2, 5)
 
@@ -113,7 +103,7 @@ def test_what_is_attached_is_what_is_counted(name):
 def test_the_walk_gives_everything_back():
     m = cost.Step(MINILM, PLANS["lora"](MINILM), 2, 8, True)
     result = cost.loss(m)
-    assert m.t.meter.now > m.t.saved() - 8 * 2 * 8 * 2 - 100 > 0
+    assert m.t.meter.now > m.t.saved() / 2
     cost.backward(m.t)
     del result
     gc.collect()

@@ -486,15 +486,15 @@ def _scales(s: Sizes, targets: Sequence[str] | None = None, feedforward: Sequenc
     return {p: p in inputs for p in found}
 
 # %% ../../nbs/tuning/38_cost.ipynb #201d1ab4
-def _last(s: Sizes, layers: int) -> tuple[str, ...]:
+def _last(s: Sizes, k: int) -> tuple[str, ...]:
     "How the paths of the last layers begin."
-    return ("bert.pooler.", *(f"bert.encoder.layer.{i}." for i in range(max(s.L - layers, 0), s.L)))
+    return ("bert.pooler.", *(f"bert.encoder.layer.{i}." for i in range(max(s.L - k, 0), s.L)))
 
 # %% ../../nbs/tuning/38_cost.ipynb #c1e2db47
 QV = ("query", "value")
 PLANS: dict[str, Callable[..., Plan]] = {
     "full": lambda s, **_: Plan(trains=lambda path: True),
-    "top": lambda s, layers=2, **_: Plan(trains=lambda path: path.startswith(_last(s, layers))),
+    "top": lambda s, k=2, **_: Plan(trains=lambda path: path.startswith(_last(s, k))),
     "head": lambda s, **_: Plan(),
     "lora": lambda s, r=8, targets=QV, dropout=0.0, fused=True, **_: _low(s, low_rank(r, dropout, fused), targets),
     "dora": lambda s, r=8, targets=QV, dropout=0.0, **_: _low(s, magnitude(r, dropout), targets),
@@ -584,7 +584,7 @@ def _lstm(d: int, h: int, layers: int) -> int:
 # %% ../../nbs/tuning/38_cost.ipynb #0b32b0bb
 PARAMETERS: dict[str, Callable[..., int]] = {
     "full": lambda s, **_: (s.V + s.P + s.types + 2) * s.d + s.L * _block(s) + _net([s.d, s.d]),
-    "top": lambda s, layers=2, **_: min(layers, s.L) * _block(s) + _net([s.d, s.d]),
+    "top": lambda s, k=2, **_: min(k, s.L) * _block(s) + _net([s.d, s.d]),
     "head": lambda s, **_: 0,
     "lora": lambda s, r=8, targets=QV, **_: _pairs(s, targets, lambda o, i: r * (i + o)),
     "dora": lambda s, r=8, targets=QV, **_: _pairs(s, targets, lambda o, i: r * (i + o) + o),
