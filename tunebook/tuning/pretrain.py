@@ -7,7 +7,7 @@ __all__ = ['SPECIAL', 'PAD', 'END', 'IGNORED', 'Corruption', 'wordpiece', 'byte_
            'swap_order', 'causal_labels', 'lm_loss', 'tiny_bert', 'tiny_gpt', 'batches', 'pad', 'learn', 'pretrain',
            'bits', 'unigram_bits', 'Pooled', 'corpus', 'save', 'build']
 
-# %% ../../nbs/tuning/31_pretrain.ipynb #b43100f0
+# %% ../../nbs/tuning/31_pretrain.ipynb #4539a620
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
@@ -22,7 +22,7 @@ from ..entropy.xent import log_softmax
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-# %% ../../nbs/tuning/31_pretrain.ipynb #aec3ec3a
+# %% ../../nbs/tuning/31_pretrain.ipynb #40758c1a
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")  # numbers 0 to 4
 
 def wordpiece(
@@ -43,7 +43,7 @@ def wordpiece(
     named = {s.strip("[]").lower() + "_token": s for s in SPECIAL}
     return PreTrainedTokenizerFast(tokenizer_object=made, model_input_names=["input_ids", "token_type_ids", "attention_mask"], **named)
 
-# %% ../../nbs/tuning/31_pretrain.ipynb #2562abe9
+# %% ../../nbs/tuning/31_pretrain.ipynb #e1368eb0
 PAD, END = "<|pad|>", "<|endoftext|>"  # numbers 0 and 1
 
 def byte_bpe(
@@ -59,7 +59,7 @@ def byte_bpe(
     made.train_from_iterator(texts, trainer)
     return PreTrainedTokenizerFast(tokenizer_object=made, clean_up_tokenization_spaces=False, bos_token=END, eos_token=END, pad_token=PAD)
 
-# %% ../../nbs/tuning/31_pretrain.ipynb #f28acb89
+# %% ../../nbs/tuning/31_pretrain.ipynb #de0852d5
 IGNORED = -100  # label of places that do not count, as in F.cross_entropy
 
 def _share(name: str, value: float, top: float) -> None:
@@ -80,7 +80,7 @@ def choose(
     latest = torch.where(starts, place, -span).cummax(1).values
     return (place - latest < span)[:, span - 1:], latest[:, span - 1:] + span
 
-# %% ../../nbs/tuning/31_pretrain.ipynb #e6ff1c9a
+# %% ../../nbs/tuning/31_pretrain.ipynb #fdab1bec
 def mask_tokens(
     ids: Tensor,  # (B, T)
     generator: torch.Generator,  # on the CPU
@@ -100,7 +100,7 @@ def mask_tokens(
     shown = torch.where(u < split[0], mask, torch.where(u < sum(split), drawn, ids))
     return torch.where(hidden, shown, ids), ids.masked_fill(~hidden, IGNORED)
 
-# %% ../../nbs/tuning/31_pretrain.ipynb #1211d833
+# %% ../../nbs/tuning/31_pretrain.ipynb #02f7c06d
 def delete_tokens(
     ids: Tensor,  # (B, T)
     generator: torch.Generator,  # on the CPU
@@ -117,7 +117,7 @@ def delete_tokens(
     labels = torch.where(gone, ids, IGNORED).roll(-1, 1).gather(1, order).masked_fill(ends, IGNORED)
     return ids.gather(1, order).masked_fill(ends, pad), labels
 
-# %% ../../nbs/tuning/31_pretrain.ipynb #5c3ac7c5
+# %% ../../nbs/tuning/31_pretrain.ipynb #250c8c7b
 def swap_order(
     pairs: Sequence[tuple[list[int], list[int]]],  # tokens of two pieces of text, in their order, without marks
     generator: torch.Generator,
@@ -131,7 +131,7 @@ def swap_order(
         rows.append({"input_ids": [cls, *a, sep, *b, sep], "token_type_ids": [0] * (len(a) + 2) + [1] * (len(b) + 1), "label": swapped})
     return rows
 
-# %% ../../nbs/tuning/31_pretrain.ipynb #22a3c555
+# %% ../../nbs/tuning/31_pretrain.ipynb #8580aeb9
 def causal_labels(
     ids: Tensor,  # (B, T)
     generator: torch.Generator | None = None,  # nothing is drawn from it
@@ -150,7 +150,7 @@ def lm_loss(
     kept = labels != IGNORED
     return log_softmax(logits[kept]).gather(-1, labels[kept][:, None]).neg().sum() / kept.sum().clamp(min=1)
 
-# %% ../../nbs/tuning/31_pretrain.ipynb #93259d9e
+# %% ../../nbs/tuning/31_pretrain.ipynb #a77d8d73
 def tiny_bert(
     vocab: int,  # V
     seed: int = 0,
@@ -179,7 +179,7 @@ def tiny_gpt(
                 bos_token_id=1,
             eos_token_id=1, pad_token_id=0, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, initializer_range=0.05))
 
-# %% ../../nbs/tuning/31_pretrain.ipynb #2945e816
+# %% ../../nbs/tuning/31_pretrain.ipynb #67ac2376
 def batches(
     rows: Sequence[list[int]],  # token numbers of each text
     size: int,  # texts in a batch
@@ -201,7 +201,7 @@ def pad(
     T = max(map(len, rows))
     return torch.tensor([r + [filler] * (T - len(r)) for r in rows], device=device)
 
-# %% ../../nbs/tuning/31_pretrain.ipynb #9d3c6b10
+# %% ../../nbs/tuning/31_pretrain.ipynb #d0e1b4b4
 def learn(
     model: nn.Module,
     loss: Callable[[], Tensor],  # of the next batch
@@ -221,7 +221,7 @@ def learn(
         yield value.item()
     model.eval()
 
-# %% ../../nbs/tuning/31_pretrain.ipynb #94e8e602
+# %% ../../nbs/tuning/31_pretrain.ipynb #6f1cbacf
 Corruption = Callable[[Tensor, torch.Generator], tuple[Tensor, Tensor]]  # (ids, generator) -> (inputs, labels)
 
 def _loss(model: nn.Module, ids: Tensor, corrupt: Corruption, g: torch.Generator, filler: int) -> tuple[Tensor, int]:
@@ -264,7 +264,7 @@ def bits(
     model.train(was)
     return float(sum(loss * n for loss, n in parts) / sum(n for _, n in parts)) / math.log(2)
 
-# %% ../../nbs/tuning/31_pretrain.ipynb #d1ffb1d2
+# %% ../../nbs/tuning/31_pretrain.ipynb #ebf24b98
 def unigram_bits(
     train: Iterable[Sequence[int]],  # token numbers of each text
     held: Iterable[Sequence[int]],
@@ -276,7 +276,7 @@ def unigram_bits(
     count[list(special)] = 0  # they are never asked for
     return float(-(count / count.sum()).log2()[[t for r in held for t in r if t not in special]].mean())
 
-# %% ../../nbs/tuning/31_pretrain.ipynb #3d5e1aec
+# %% ../../nbs/tuning/31_pretrain.ipynb #7cfd07bb
 class Pooled(nn.Module):
     """A classifier: a linear layer on the mean of an encoder's token vectors (Reimers and Gurevych 2019, section 3)."""
     def __init__(self, encoder: nn.Module, classes: int, seed: int = 0) -> None:
@@ -292,7 +292,7 @@ class Pooled(nn.Module):
         hidden = self.encoder(ids, attention_mask=seen.long()).last_hidden_state * seen[..., None]
         return self.head(hidden.sum(1) / seen.sum(1, keepdim=True))
 
-# %% ../../nbs/tuning/31_pretrain.ipynb #047b90d5
+# %% ../../nbs/tuning/31_pretrain.ipynb #c04758d5
 def corpus() -> list[str]:
     """The training sentences of the shipped reviews; validation and test stay unread."""
     from tunebook.kit import data, ledger
@@ -308,13 +308,13 @@ def save(
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
-# %% ../../nbs/tuning/31_pretrain.ipynb #157e0370
+# %% ../../nbs/tuning/31_pretrain.ipynb #37ddf715
 def build(
     name: str,  # tiny-bert or tiny-gpt
     folder: str | Path,
     steps: int = 1000,  # on the short sentences; twice as many follow on all
 ) -> None:
-    """Pretrain a tiny model of two layers on the shipped reviews and save it with its tokenizer; half a minute on one core."""
+    """Pretrain a tiny model of two layers on the shipped reviews and save it with its tokenizer; under a minute on one core."""
     if name not in ("tiny-bert", "tiny-gpt"): raise ValueError(f"no recipe for {name!r}: known are tiny-bert and tiny-gpt")
     texts = corpus()
     tokenizer = (wordpiece if name == "tiny-bert" else byte_bpe)(texts)
