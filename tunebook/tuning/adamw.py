@@ -29,6 +29,7 @@ class Rule(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:
+        """Update every parameter that has a gradient."""
         loss = torch.enable_grad()(closure)() if closure else None
         for group in self.param_groups:
             for p in group["params"]:
@@ -47,6 +48,7 @@ class SGD(Rule):
     ) -> None: super().__init__(params, lr=lr, momentum=momentum, weight_decay=weight_decay)
 
     def update(self, p: Tensor, g: Tensor, state: dict[str, Tensor], group: dict[str, Any]) -> None:
+        """One parameter's step, in place."""
         if group["weight_decay"]: g = g.add(p, alpha=group["weight_decay"])
         if group["momentum"]:
             if state: state["momentum_buffer"].mul_(group["momentum"]).add_(g)
@@ -67,9 +69,11 @@ class Adam(Rule):
     ) -> None: super().__init__(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
 
     def decay(self, p: Tensor, g: Tensor, group: dict[str, Any]) -> Tensor:
+        """The gradient with the L2 term in it."""
         return g.add(p, alpha=group["weight_decay"]) if group["weight_decay"] else g
 
     def update(self, p: Tensor, g: Tensor, state: dict[str, Tensor], group: dict[str, Any]) -> None:
+        """One parameter's step, in place."""
         if not state: state.update(step=torch.tensor(0.0), exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
         g, (beta1, beta2) = self.decay(p, g, group), group["betas"]
         state["step"] += 1
@@ -91,6 +95,7 @@ class AdamW(Adam):
     ) -> None: super().__init__(params, lr, betas, eps, weight_decay)
 
     def decay(self, p: Tensor, g: Tensor, group: dict[str, Any]) -> Tensor:
+        """Shrink the weight itself; the gradient stays as it is."""
         p.mul_(1 - group["lr"] * group["weight_decay"])
         return g
 
