@@ -101,8 +101,16 @@ def test_the_first_screen_holds_the_two_commands():
     assert any("pip install" in line for line in top)
 
 
+def test_the_tuning_example_runs(tmp_path):
+    code = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)[0].replace("rows=256", "rows=32")
+    told = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert told.returncode == 0, told.stderr
+    assert "parameters trained" in told.stdout and re.search(r"^\['(negative|positive)'\]$", told.stdout, flags=re.MULTILINE)
+    assert (tmp_path / "_tune" / "mine" / "adapter" / "adapter_config.json").is_file()
+
+
 def test_the_example_runs(tmp_path):
-    (code,) = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
+    code = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)[1]
     told = subprocess.run([sys.executable, "-c", code + "\nprint(text.shape)"], cwd=tmp_path, capture_output=True, text=True)
     assert told.returncode == 0, told.stderr
     assert told.stdout == "torch.Size([1, 11])\n"

@@ -39,6 +39,7 @@ def _json(path: Path, number: int, line: str) -> dict[str, Any]:
     try: return json.loads(line)
     except ValueError: raise ValueError(f"{path}, line {number}, is not JSON: {line.strip()[:60]!r}") from None
 
+# %% ../../nbs/tuning/29_tune.ipynb #ef822301
 def read_rows(
     path: Path,  # .csv, .tsv or .jsonl, UTF-8, with a header
     columns: Sequence[str] = ("text", "label"),
@@ -84,6 +85,7 @@ def splits_of(
         found, names = sets.locate(data)[1], list(sets.known(data).labels)
     return _numbered(found, names)
 
+# %% ../../nbs/tuning/29_tune.ipynb #49e0f1a2
 def _numbered(splits: dict[str, Rows], names: list[str]) -> tuple[dict[str, Rows], list[str]]:
     "Labels as class numbers 0, 1, ...: as they are when they are numbers, else by the order of their names."
     labels = sorted({str(r["label"]) for r in splits["train"]})

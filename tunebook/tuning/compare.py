@@ -28,6 +28,7 @@ class Difference:
     high: float
     p: float  # chance of a mean so far from zero, if there were no difference
 
+# %% ../../nbs/tuning/36_compare.ipynb #b4e6c878
 def _collapse(d: Tensor, group: Sequence[Any]) -> Tensor:
     "Means over the items of each group, [S, G]; the groups must have one size."
     order = sorted(range(len(group)), key=lambda i: str(group[i]))
@@ -95,6 +96,7 @@ def job(
     """The description of a trial, as plain data."""
     return {"method": method, "rate": float(f"{rate:.3g}"), "seed": seed, "test": test, **more}
 
+# %% ../../nbs/tuning/36_compare.ipynb #57528be2
 def run_job(
     what: Mapping[str, Any],  # from `job`
 ) -> dict[str, Any]:  # the job and its outcome, as plain data
@@ -210,6 +212,7 @@ def answers(
     if len({tuple(sorted(rows)) for rows in by.values()}) > 1: raise ValueError("the methods differ in seeds: run the missing trials")
     return {m: [rows[s] for s in sorted(rows)] for m, rows in by.items()}
 
+# %% ../../nbs/tuning/36_compare.ipynb #d2e578ac
 def summary(
     trials: Sequence[Mapping[str, Any]],  # tested ones
     reference: str = "full",  # what the others are compared with
@@ -226,7 +229,7 @@ def summary(
              "difference": against.get(m), "verdict": verdict(against[m], p[m]) if m in p else "reference"} for m in right]
     return sorted(rows, key=lambda r: -r["accuracy"].mean)
 
-# %% ../../nbs/tuning/36_compare.ipynb #5a7950b7
+# %% ../../nbs/tuning/36_compare.ipynb #dd78b42c
 def percent(
     d: Difference,
     sign: bool = False,
@@ -235,6 +238,7 @@ def percent(
     f = "+.1f" if sign else ".1f"
     return f"{100 * d.mean:{f}} [{100 * d.low:{f}}, {100 * d.high:{f}}]"
 
+# %% ../../nbs/tuning/36_compare.ipynb #92419a44
 def as_table(
     rows: Sequence[Mapping[str, Any]],  # from `summary`
 ) -> str:
@@ -246,7 +250,7 @@ def as_table(
         lines.append(f"| {r['method']} | {r['rate']:.2g} | {r['trainable']:,} | {percent(r['accuracy'])} | {d} | {p} | {r['verdict']} |")
     return "\n".join(lines)
 
-# %% ../../nbs/tuning/36_compare.ipynb #d2e578ac
+# %% ../../nbs/tuning/36_compare.ipynb #ca541c46
 def forest(
     ax: Any,  # matplotlib Axes
     rows: Sequence[Mapping[str, Any]],  # from `summary`
@@ -264,6 +268,7 @@ def forest(
     ax.set(yticks=range(len(shown)), yticklabels=[r["method"] for r in reversed(shown)], ylabel="method",
            xlabel=f"accuracy minus that of {reference}, percentage points, 95 % interval")
 
+# %% ../../nbs/tuning/36_compare.ipynb #fb59f8c4
 def pareto(
     ax: Any,  # matplotlib Axes
     rows: Sequence[Mapping[str, Any]],  # from `summary`
