@@ -85,12 +85,12 @@ def test_every_method_is_counted():
 
 
 def test_an_lstm_before_the_text():
-    s = replace(MINILM, L=2, V=100)
+    s = replace(MINILM, V=100)
     model = attach(model_of(s), "ptuning", encoder="lstm").train()
-    real = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    assert count(s, "ptuning", 4, 64, encoder="lstm").trainable == real == parameters(s, "ptuning", encoder="lstm")
-    batch, y = batch_of(s, 4, 64, False), torch.zeros(4, dtype=torch.long)
-    assert abs(count(s, "ptuning", 4, 64, encoder="lstm").saved / kept(model, batch, y) - 1) < 0.02
+    real, b = sum(p.numel() for p in model.parameters() if p.requires_grad), count(s, "ptuning", 16, 128, encoder="lstm")
+    assert b.trainable == real == parameters(s, "ptuning", encoder="lstm")
+    batch, y = batch_of(s, 16, 128, False), torch.zeros(16, dtype=torch.long)
+    assert abs(b.saved / kept(model, batch, y) - 1) < 0.02
 
 
 @pytest.mark.parametrize("name", list(METHODS))
@@ -115,7 +115,7 @@ def test_the_walk_gives_everything_back():
 def test_more_costs_more_and_full_costs_most(s, name, B, T):
     b, larger, longer = count(s, name, B, T), count(s, name, B + 1, T), count(s, name, B, T + 1)
     for more in (larger, longer):
-        assert more.saved > b.saved and more.above > b.above and sum(more.flops.values()) > sum(b.flops.values())
+        assert more.saved >= b.saved and more.above >= b.above and sum(more.flops.values()) > sum(b.flops.values())
         assert more.trainable == b.trainable
     assert b.above >= 4 * b.trainable and b.above >= b.saved - 16 * B * T - 8 * B and b.peak == b.weights + b.moments + b.above
     assert count(s, "head", B, T).saved <= b.saved
@@ -158,7 +158,7 @@ def test_memory_is_refused_only_when_it_certainly_lacks():
     with pytest.raises(MemoryError, match="choose a method that trains less"):
         enough(model, 8, 16, available=0)
     assert enough(model, 8, 16) == need and least(model, 8, 16, "bf16") < need
-    model.gradient_checkpointing_enable()
+    model.bert.encoder.layer[0].gradient_checkpointing = True
     assert least(model, 8, 16) == 12 * count(model, B=1, T=1).trainable
 
 
