@@ -426,3 +426,19 @@ def test_bad_calls():
     with pytest.raises(ValueError, match="no adapter is called 'x'.*it has: none"):
         detach(bert(), "x")
     assert methods.known("lora").peft == "LORA"
+
+
+def test_a_penalty_is_added_in_training_once_per_label(monkeypatch):
+    monkeypatch.setattr(Affine, "penalty", lambda self: self.by.square().sum())
+    model = attach(bert(), "affine")
+    batch = {"input_ids": IDS, "labels": torch.tensor([0, -100, 1])}
+
+    def loss(model, batch):
+        return model(input_ids=batch["input_ids"]).logits.sum(), None
+    plain, more = loss(model, batch)[0], methods.penalized(loss)(model, batch)[0]
+    close(more - plain, torch.tensor(2.0 * 4 * 32), terms=10)
+    use(model)
+    same(methods.penalized(loss)(model, batch)[0], plain)  # switched off, it costs nothing
+    use(model, "default")
+    with torch.no_grad():
+        same(methods.penalized(loss)(model, batch)[0], plain)

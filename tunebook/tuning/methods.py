@@ -404,9 +404,10 @@ def _covered(model: nn.Module, layer: Layer) -> bool:
 def penalized(
     loss: Callable[[nn.Module, dict[str, Tensor]], tuple[Tensor, Tensor]],  # (sum over the counted labels, logits)
 ) -> Callable[[nn.Module, dict[str, Tensor]], tuple[Tensor, Tensor]]:
-    """A loss with the penalties of the model's pieces, which are meant for the mean: each is added once per counted label."""
+    """A loss with the penalties of the model's pieces, which are meant for the mean: each is added once per counted label, in training."""
     def total(model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         value, logits = loss(model, batch)
+        if not torch.is_grad_enabled(): return value, logits  # an evaluation judges the answers alone
         extra = [p for _, piece in pieces(model) if piece.active and (p := piece.penalty()) is not None]
         return value + sum(extra) * (batch["labels"] != -100).sum() if extra else value, logits
     return total
