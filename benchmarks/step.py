@@ -27,7 +27,7 @@ from tunebook.kit.models import load
 from tunebook.tuning.cost import count, sizes
 from tunebook.tuning.methods import attach
 
-SHAPES = [(16, length, n) for length, n in ((32, 9), (64, 7), (128, 5))]
+SHAPES = [(16, length, n) for length, n in ((32, 9), (64, 7), (128, 4))]
 SHARE = float(os.environ.get("BENCH_SHARE", "0.05"))  # of a core that other processes may take in a round
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "full": ("full", {}), "LoRA, query and value": ("lora", {}), "LoRA, all linear": ("lora", {"targets": "all-linear"}),
@@ -88,13 +88,14 @@ def share(found: dict[str, Any], plus: str, minus: str | None = None) -> str:
     """Median over rounds of a difference, in percent of full tuning's step."""
     s = found["seconds"]
     less = s[minus] if minus else [0.0] * len(s[plus])
-    return f"{100 * statistics.median((a - b) / c for a, b, c in zip(s[plus], less, s['full: step'])):.0f} %"
+    return f"{round(100 * statistics.median((a - b) / c for a, b, c in zip(s[plus], less, s['full: step'])))} %"
 
 
 def render(facts: dict[str, Any]) -> str:
     """All tables."""
     head = (f"{bench.machine()}, {bench.today()}. {bench.versions(os.sys.executable, 'torch', 'transformers')}, "
-            f"{torch.get_num_threads()} thread, {torch.backends.cpu.get_cpu_capability()}. Others were allowed {SHARE:g} of a core.")
+            f"{torch.get_num_threads()} thread, {torch.backends.cpu.get_cpu_capability()}. Rounds in which others took more than "
+            f"{SHARE:g} cores were thrown away.")
     budget, methods = [], []
     quiet = sizes(minilm())
     for shape, found in facts.items():
