@@ -148,7 +148,7 @@ def load(
     folder = locate(name, path)[1]
     try: import transformers
     except ImportError as e: raise ImportError("loading a model needs transformers: pip install 'tunebook[labs]'") from e
-    used(f"model {name}", sha256(folder / "model.safetensors"))
+    if (known := CATALOGUE.get(name)) and known.sha256: used(f"model {name}", known.sha256)
     safe = {"local_files_only": True, "trust_remote_code": False}
     with _seeded(seed): model = getattr(transformers, auto).from_pretrained(folder, use_safetensors=True, **safe, **options)
     return model.to(device).eval(), transformers.AutoTokenizer.from_pretrained(folder, **safe)
