@@ -112,7 +112,7 @@ def test_the_walk_gives_everything_back():
     assert m.t.meter.now == sum(g.size for g in m.t.gradients.values()) == 4 * parameters(MINILM, "lora")
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30, deadline=None, derandomize=True)
 @given(s=shapes(), name=st.sampled_from(list(PLANS)), B=st.integers(1, 4), T=st.integers(2, 20))
 def test_more_costs_more_and_full_costs_most(s, name, B, T):
     b, larger, longer = count(s, name, B, T), count(s, name, B + 1, T), count(s, name, B, T + 1)
@@ -123,7 +123,7 @@ def test_more_costs_more_and_full_costs_most(s, name, B, T):
     assert count(s, "head", B, T).saved <= b.saved
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20, deadline=None, derandomize=True)
 @given(s=shapes(), B=st.integers(1, 4), T=st.integers(2, 20))
 def test_frozen_matrices_cost_two_thirds(s, B, T):
     s = replace(s, drop=0.0, attention_drop=0.0)
