@@ -10,6 +10,8 @@ NEEDED = {"kit": {"Question", "Code", "Check", "Recap"}}
 MAY_IMPORT = {"kit": {"kit"}, "attention": {"kit", "attention"}, "entropy": {"kit", "entropy"}, "timing": {"kit", "timing"},
               "tuning": {"kit", "attention", "entropy", "tuning"}}
 TORCH_ONLY = {"attention", "entropy", "timing"}
+KINDS = ("measured here", "recorded on", "simulated")  # where a time or a rate may come from
+TIME = r"\d[\d,.]*(e[+-]?\d+)? ?(ns|us|µs|ms|s|min|[KMGT]?B/s|[KMGT]?FLOP/s)(?![\w/])"
 
 
 def exported(cell):
@@ -185,6 +187,18 @@ def check_outputs(nb):
                     yield f"a figure without alt text {where}"
 
 
+def check_sources(nb):
+    """A time or a rate says in the same output or the same cell of prose where it comes from."""
+    for c in nb.cells:
+        texts = [prose(c.source)] if c.cell_type == "markdown" and "## Exercises" not in c.source and "min)" not in c.source else []
+        for o in c.get("outputs", []):
+            alts = " ".join(m.get("alt", "") for m in o.get("metadata", {}).values() if isinstance(m, dict))
+            texts.append("".join(o.get("text", "")) + "".join(v for k, v in o.get("data", {}).items() if k.startswith("text/")) + alts)
+        for text in texts:
+            if (found := re.search(TIME, text)) and not any(kind in text.lower() for kind in KINDS):
+                yield f"{found[0]!r} does not say whether it was {', '.join(KINDS)}: {c.source[:50]!r}"
+
+
 def check_module(source, part):
     allowed = MAY_IMPORT.get(part)
     tree = ast.parse(source)
@@ -213,4 +227,5 @@ def problems(nb, part, claims):
     """Everything that is wrong with a chapter; empty when the gate lets it pass."""
     ids = [c["id"] for c in nb.cells]
     twice = ["cell ids are not unique"] if len(set(ids)) < len(ids) else []
-    return [*twice, *check_head(nb, part), *check_code(nb, part), *check_text(nb, claims), *check_outputs(nb)]
+    sources = check_sources(nb) if part == "timing" else []
+    return [*twice, *check_head(nb, part), *check_code(nb, part), *check_text(nb, claims), *check_outputs(nb), *sources]

@@ -108,6 +108,18 @@ def test_the_gate_stops_a_wrong_chapter(word):
     assert any(word in p for p in found), found
 
 
+@pytest.mark.parametrize("text", ["12 us", "a: 3.5e-3 s", "9.1 GB/s", "1,200 TFLOP/s", "fast: 4ms."])
+def test_a_time_says_where_it_comes_from(text):
+    nb = copy.deepcopy(good())
+    output(nb, output_type="stream", name="stdout", text=f"{text}, measured here")
+    assert problems(nb, "timing", CLAIMS) == []
+    output(nb, output_type="stream", name="stdout", text=text)
+    assert any("measured here" in p for p in problems(nb, "timing", CLAIMS)) and problems(nb, "attention", CLAIMS) == []
+    nb = copy.deepcopy(good())
+    source(nb, "## Code\n", f"## Code\nIt takes {text} ")
+    assert any("measured here" in p for p in problems(nb, "timing", CLAIMS + [{"value": [12, 3.5e-3, 3.5, 9.1, 1200]}]))
+
+
 @pytest.mark.parametrize("line", ["from tunebook.attention.heads import x", "import tunebook.tuning", "from ..attention import heads"])
 def test_kit_may_not_import_chapters(line):
     assert list(check_module(line, "kit"))

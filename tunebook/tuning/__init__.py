@@ -119,16 +119,19 @@ def build(
     tokenizer: Any = None,  # needed with a model at hand
     seed: int = 0,  # of the new head
     device: str = "cpu",
+    options: Mapping[str, Any] | None = None,  # of the model's configuration, such as {"hidden_dropout_prob": 0.0}
 ) -> tuple[nn.Module, Any]:  # (classifier in eval mode, tokenizer)
     """A classifier with its tokenizer."""
     if isinstance(model, nn.Module):
+        if options: raise ValueError("a model at hand has its configuration already: change it there, or give a name or a folder")
         if tokenizer is None: raise ValueError("a model at hand needs its tokenizer: pass tokenizer=...")
         outputs = getattr(model.config, "num_labels", len(classes))
         if outputs < len(classes): raise ValueError(f"the model has {outputs} outputs for {len(classes)} classes: set num_labels")
         return model.to(device), tokenizer
     from tunebook.kit.models import load
     where = {"path": model} if isinstance(model, Path) or Path(model).is_dir() else {}
-    net, tokenizer = load(str(model), **where, device=device, auto="AutoModelForSequenceClassification", seed=seed, num_labels=len(classes))
+    more = where | {"num_labels": len(classes)} | dict(options or {})
+    net, tokenizer = load(str(model), device=device, auto="AutoModelForSequenceClassification", seed=seed, **more)
     net.config.id2label, net.config.label2id = dict(enumerate(classes)), {c: i for i, c in enumerate(classes)}
     if net.config.pad_token_id is None:
         tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
@@ -165,6 +168,7 @@ def tune(
     seed: int = 0,  # of the sample, the head, the order and dropout
     recipe: Recipe | None = None,  # None: the defaults, with the method's own rate
     tokenizer: Any = None,  # of a model at hand
+    options: Mapping[str, Any] | None = None,  # of the model's configuration, such as {"hidden_dropout_prob": 0.0}
     columns: Sequence[str] = ("text", "label"),
     folder: str | Path | None = None,  # of checkpoints and, at the end, the adapter
     test: bool = False,  # also judge on the test split, once, at the end
@@ -177,7 +181,7 @@ def tune(
     recipe = replace(recipe or Recipe(lr=known(method).rate), **{k: v for k, v in settings.items() if k in SETTINGS}, seed=seed)
     splits, classes = splits_of(data, columns)
     if test and "test" not in splits: raise ValueError("there is no test split to judge on: add one, or leave test=False")
-    net, tokenizer = build(model, classes, tokenizer, seed, device)
+    net, tokenizer = build(model, classes, tokenizer, seed, device, options)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         attach(net, method, **config)

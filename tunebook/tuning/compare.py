@@ -9,6 +9,7 @@ __all__ = ['Difference', 'difference', 'holm', 'verdict', 'job', 'run_job', 'Stu
 # %% ../../nbs/tuning/36_compare.ipynb #bf254b59
 import json
 import math
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field
@@ -101,13 +102,15 @@ def run_job(
     what: Mapping[str, Any],  # from `job`
 ) -> dict[str, Any]:  # the job and its outcome, as plain data
     """Run one trial; the process it runs in uses one thread."""
-    from tunebook.tuning import encode, evaluate, predict, sample, splits_of, tune
+    from tunebook.tuning import build, encode, evaluate, predict, sample, splits_of, tune
+    from tunebook.tuning.full import agreement, retrieval, vectors
     torch.set_num_threads(1)
+    start = time.process_time()
     settings = {k: v for k, v in what.items() if k not in ("rate", "test")}
     run = tune(**settings, lr=what["rate"])
     def examples(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         return encode([r["text"] for r in rows], [r["label"] for r in rows], run.tokenizer, run.recipe.limit)
-    splits = splits_of(what["data"])[0]
+    splits, classes = splits_of(what["data"])
     known = evaluate(run.model, examples(sample(splits["train"], what.get("rows"), what["seed"])[:300]))
     found = {"validation": run.metrics, "train": known, "trainable": run.trainable, "total": run.total, "best": run.best,
              "config": run.config, "seconds": round(run.seconds, 2)}
@@ -115,7 +118,10 @@ def run_job(
         rows = splits["test"]
         hits = predict(run.model, examples(rows)).argmax(-1) == torch.tensor([r["label"] for r in rows])
         found["right"] = "".join("1" if h else "0" for h in hits.tolist())
-    return {"job": dict(what), **found}
+        asked, (base, read) = [r["text"] for r in rows[:200]], build(what["model"], classes)
+        found["agreement"] = agreement(*(vectors(m, read, asked) for m in (base, run.model)))
+        found["retrieval"] = {name: retrieval(m, read, asked) for name, m in (("base", base), ("tuned", run.model))}
+    return {"job": dict(what), **found, "cpu_seconds": round(time.process_time() - start, 2)}
 
 # %% ../../nbs/tuning/36_compare.ipynb #96ba437a
 def _key(what: Mapping[str, Any]) -> str:
