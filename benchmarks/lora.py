@@ -1,6 +1,6 @@
 """A training step of MiniLM with an adapter of ours, with peft's, and with every weight trained: CPU time and peak memory.
 
-    OMP_NUM_THREADS=1 python benchmarks/lora.py                 # about six minutes
+    OMP_NUM_THREADS=1 python benchmarks/lora.py                 # about ten minutes
     OMP_NUM_THREADS=1 python benchmarks/lora.py --only "16 x 32" memory
 
 Writes the tables into benchmarks/README.md. The facts of parts that are not run are taken from --facts.
@@ -24,13 +24,14 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
 import torch.nn.functional as F
-from peft import LoraConfig, get_peft_model
+from peft import IA3Config, LNTuningConfig, LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 from tunebook.kit.models import load
 from tunebook.tuning.methods import attach
 
 warnings.filterwarnings("ignore", category=FutureWarning)  # peft calls what transformers has renamed
+warnings.filterwarnings("ignore", message="Unsupported layer type")  # peft's own LayerNorm-tuning says it of layer norms
 SHAPES = [(rows, length) for rows in (16, 32) for length in (32, 64, 128)]
 SHARE = float(os.environ.get("BENCH_SHARE", "0.05"))  # of a core that other processes may take in a round
 FULL = "full"
@@ -53,7 +54,12 @@ def _lora(targets: Any, worst: float, median: float) -> Pair:
                 worst, median)
 
 
-PAIRS = {"LoRA, query and value": _lora(["query", "value"], 1.00, 0.97), "LoRA, all linear": _lora("all-linear", 0.92, 0.87)}
+TAILS = [f"{i}.output.dense" for i in range(6)]  # the end of each feed-forward, not of the attention
+PAIRS = {"LoRA, query and value": _lora(["query", "value"], 1.00, 0.97), "LoRA, all linear": _lora("all-linear", 0.92, 0.87),
+         "IA3": Pair(partial(attach, method="ia3"), lambda m: get_peft_model(m, IA3Config(
+             task_type="SEQ_CLS", target_modules=["key", "value", *TAILS], feedforward_modules=TAILS)), 1.00, 1.00),
+         "LayerNorm": Pair(partial(attach, method="layernorm"), lambda m: get_peft_model(m, LNTuningConfig(
+             task_type="SEQ_CLS", target_modules=["LayerNorm"])), 1.00, 1.00)}
 
 
 def minilm() -> nn.Module:
@@ -88,7 +94,7 @@ def plain_name(name: str) -> str:
     """A parameter's name without what peft adds to it."""
     for extra in ("base_model.model.", ".modules_to_save", ".default", "lora_", ".weight"):
         name = name.replace(extra, "")
-    return name
+    return name.replace("ia3_l", "by").replace("ln_tuning_layers", "own")
 
 
 def models(names: list[str]) -> dict[str, nn.Module]:
@@ -100,7 +106,7 @@ def models(names: list[str]) -> dict[str, nn.Module]:
         source, mine = ({plain_name(n): p for n, p in m.named_parameters() if p.requires_grad} for m in (theirs, ours))
         with torch.no_grad():
             for n, p in mine.items():
-                p.copy_(source[n])
+                p.copy_(source[n].view_as(p))
     return found
 
 
