@@ -11,6 +11,7 @@ from scipy.stats import ttest_rel
 
 from tunebook.tuning import compare
 from tunebook.tuning.compare import (
+    BASELINES,
     Difference,
     Study,
     answers,
@@ -127,7 +128,7 @@ def test_holm(p):
 
 def fake(what):
     """A trial that never trains: better with a smaller rate, worse with a larger one."""
-    quality = 0.9 - abs(math.log10(what["rate"] / 1e-3)) / 10
+    quality = 0.6 if what["method"] in BASELINES else 0.9 - abs(math.log10(what["rate"] / 1e-3)) / 10
     out = {"job": dict(what), "validation": {"accuracy": quality, "loss": 1 - quality}, "trainable": len(what["method"]), "total": 100}
     if what["test"]:
         out["right"] = "".join("1" if x else "0" for x in table(what["seed"] * 7 + len(what["method"]), 1, 40, quality)[0].tolist())
@@ -143,14 +144,33 @@ def faked(monkeypatch):
 
 def test_the_protocol(faked, tmp_path):
     search, final = compare_methods(tmp_path / "x.json", ["full", "lora"], seeds=range(3), data="reviews")
-    assert len(search) == 8 and len(final) == 6 and len(faked) == 14
+    assert len(search) == 8 and len(final) == 6 + 6 and len(faked) == 20
     assert not any(w["test"] for w in faked[:8]) and all(w["test"] for w in faked[8:])
     assert {w["seed"] for w in faked[:8]}.isdisjoint({w["seed"] for w in faked[8:]})
     rate = chosen(search)
-    assert {(w["method"], w["rate"]) for w in faked[8:]} == set(rate.items())
+    assert {(w["method"], w["rate"]) for w in faked[8:]} == set((rate | dict.fromkeys(BASELINES, 1.0)).items())
     rows = summary(final)
-    assert {r["method"] for r in rows} == {"full", "lora"} and rows[0]["accuracy"].mean >= rows[1]["accuracy"].mean
-    assert as_table(rows).count("\n") == 3 and "reference" in as_table(rows)
+    assert {r["method"] for r in rows} == {"full", "lora", *BASELINES} and rows[0]["accuracy"].mean >= rows[1]["accuracy"].mean
+    assert as_table(rows).count("\n") == 5 and "reference" in as_table(rows)
+    by = {r["method"]: r for r in rows}
+    assert all(by[m]["p"] is None and by[m]["verdict"] == "baseline" for m in BASELINES)  # Holm's correction is for the methods
+    assert by["lora"]["p"] == by["lora"]["difference"].p
+
+
+def test_baselines_get_the_rows_of_their_seed(tmp_path):
+    """All texts that hold "good" are positive: TF-IDF knows it, the majority does not; of other rows, other answers."""
+    def rows(n, flip=0):
+        return [{"text": f"{'good' if (i + flip) % 2 else 'poor'} {i}", "label": "yes" if (i + flip) % 2 else "no"} for i in range(n)]
+    for split, n in (("train", 40), ("validation", 4), ("test", 9)):
+        (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows(n)))
+    what = {"test": True, "data": str(tmp_path), "rows": 15, "model": "any", "epochs": 3}
+    words, most = (compare.run_job(job(m, 1.0, 3, **what)) for m in ("tf-idf", "majority"))
+    assert words["right"] == "1" * 9 and words["trainable"] > 2
+    from tunebook.tuning import sample, splits_of
+    train = splits_of(str(tmp_path))[0]["train"]
+    taken = [r["label"] for r in sample(train, 15, 3)]
+    top = max(set(taken), key=taken.count)
+    assert [int(c) for c in most["right"]] == [int(i % 2 == top) for i in range(9)] and most["trainable"] == 0
 
 
 def test_a_seed_that_chose_the_rate_is_not_tested(tmp_path):

@@ -8,7 +8,7 @@ from torch import nn
 from transformers import BertConfig, BertForSequenceClassification, GPT2Config, GPT2LMHeadModel
 
 from tunebook.kit.checks import same
-from tunebook.tuning.full import depths, layer_rates
+from tunebook.tuning.full import agreement, depths, layer_rates, retrieval, vectors
 from tunebook.tuning.methods import adapters, attach, detach, load_adapter, off, pieces, save_adapter, trainable
 
 quick = settings(deadline=None, max_examples=30, derandomize=True)
@@ -131,3 +131,56 @@ def test_no_layers_and_no_head():
             call(nn.Linear(2, 2))
     with pytest.raises(ValueError, match="this GPT2LMHeadModel has no head on top of its base: nothing would train"):
         attach(gpt(), "head")
+
+
+# What the encoder still knows
+
+class Reader:
+    """A tokenizer for words that are numbers, padded on the right."""
+
+    def __call__(self, texts, **_):
+        from transformers import BatchEncoding
+        ids = [[int(w) for w in t.split()] for t in texts]
+        longest = max(map(len, ids))
+        rows = torch.tensor([row + [0] * (longest - len(row)) for row in ids])
+        return BatchEncoding({"input_ids": rows, "attention_mask": (rows > 0).long()})
+
+
+TEXTS = [" ".join(str(1 + (7 * i + 3 * j * j + i * j) % 100) for j in range(3 + i % 5)) for i in range(12)]
+
+
+@pytest.mark.parametrize("method", ["full", "lora", "prefix", "prompt"])
+def test_vectors_do_not_depend_on_the_batch(method):
+    model = attach(bert(), method)
+    model.train()
+    together, alone = vectors(model, Reader(), TEXTS), torch.cat([vectors(model, Reader(), [t]) for t in TEXTS])
+    assert model.training and not together.requires_grad and together.shape == (12, 32)
+    torch.testing.assert_close(together, alone, atol=1e-5, rtol=0)
+    torch.testing.assert_close(together.norm(dim=1), torch.ones(12))
+
+
+@quick
+@given(seed=st.integers(0, 2**31))
+def test_agreement_is_of_ranks(seed):
+    g = torch.Generator().manual_seed(seed)
+    a, b = (nn.functional.normalize(torch.randn(9, 5, generator=g), dim=1) for _ in range(2))
+    turn = torch.linalg.qr(torch.randn(5, 5, generator=g)).Q  # turns the space, and no similarity
+    assert agreement(a, a) == pytest.approx(1) and agreement(a, b) == pytest.approx(agreement(b, a))
+    assert agreement(a, a @ turn) == pytest.approx(1, abs=0.02) and -1 <= agreement(a, b) <= 1
+
+
+def test_retrieval_finds_texts_by_their_rest():
+    table = nn.functional.one_hot(torch.arange(101), 101).float()
+
+    class Words(nn.Module):
+        """States that are the words themselves: a text is found by the words that are left."""
+
+        def __init__(self):
+            super().__init__()
+            self.weight, self.base_model = nn.Parameter(table), lambda input_ids, attention_mask: self.states(input_ids)
+
+        def states(self, ids):
+            return type("Out", (), {"last_hidden_state": self.weight[ids]})
+
+    assert retrieval(Words(), Reader(), ["1 2 3", "4 5 6", "7 8 9"]) == 1.0
+    assert retrieval(Words(), Reader(), ["1 2 3", "1 2 4", "7 8 9"]) == pytest.approx(2 / 3)  # without the third word the first two are one

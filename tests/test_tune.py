@@ -49,6 +49,21 @@ def go(tokenizer):
     return call
 
 
+# The model
+
+def test_a_models_configuration_can_be_given(tmp_path, tokenizer):
+    tiny().save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    quiet = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    run = tune(tmp_path, "head", DATA, options=quiet, steps=2, every=2, batch=8)
+    assert run.model.config.hidden_dropout_prob == 0 and not any(m.p for m in run.model.modules() if isinstance(m, torch.nn.Dropout))
+    assert tune(tmp_path, "head", DATA, steps=2, every=2, batch=8).model.config.hidden_dropout_prob > 0
+    with pytest.raises(ValueError, match="has its configuration already"):
+        tune(tiny(), "head", DATA, tokenizer=tokenizer, options=quiet)
+    with pytest.raises(TypeError, match="hidden_dropuot"):
+        tune(tmp_path, "head", DATA, options={"hidden_dropuot": 0.0})
+
+
 # Data in every form
 
 def write(path, rows, columns=("text", "label")):

@@ -305,15 +305,17 @@ def forest(
 def pareto(
     ax: Any,  # matplotlib Axes
     rows: Sequence[Mapping[str, Any]],  # from `summary`
+    cost: Mapping[str, float],  # of each method
+    label: str,  # of the cost
 ) -> None:
-    """Accuracy with its interval against trainable parameters; methods that nothing smaller beats are joined."""
+    """Accuracy with its interval against a cost; methods that nothing cheaper beats are joined."""
     front: list[Mapping[str, Any]] = []
-    for k, r in enumerate(sorted(rows, key=lambda r: (r["trainable"], -r["accuracy"].mean))):
-        d = r["accuracy"]
-        ax.plot([r["trainable"]] * 2, [100 * d.low, 100 * d.high], color="#999999", linewidth=1.5)
-        ax.plot(r["trainable"], 100 * d.mean, "o", color="#0072B2")
+    for k, r in enumerate(sorted((r for r in rows if r["method"] in cost), key=lambda r: (cost[r["method"]], -r["accuracy"].mean))):
+        d, x = r["accuracy"], cost[r["method"]]
+        ax.plot([x, x], [100 * d.low, 100 * d.high], color="#999999", linewidth=1.5)
+        ax.plot(x, 100 * d.mean, "o", color="#0072B2")
         side = {"va": "bottom", "ha": "right"} if k % 2 else {"va": "top", "ha": "left"}
-        ax.annotate(f" {r['method']} ", (r["trainable"], 100 * d.mean), fontsize=9, **side)
+        ax.annotate(f" {r['method']} ", (x, 100 * d.mean), fontsize=9, **side)
         if not front or d.mean > front[-1]["accuracy"].mean: front.append(r)
-    ax.plot([r["trainable"] for r in front], [100 * r["accuracy"].mean for r in front], color="#0072B2", linewidth=0.8, linestyle=":")
-    ax.set(xscale="log", xlabel="trainable parameters", ylabel="test accuracy, percent")
+    ax.plot([cost[r["method"]] for r in front], [100 * r["accuracy"].mean for r in front], color="#0072B2", linewidth=0.8, linestyle=":")
+    ax.set(xlabel=label, ylabel="test accuracy, percent")
