@@ -12,7 +12,7 @@ from torch.utils import flop_counter
 from transformers import BertConfig, BertForSequenceClassification, GPT2Config, GPT2LMHeadModel
 
 from tunebook.tuning import cost
-from tunebook.tuning.cost import PARAMETERS, PLANS, Sizes, Tape, count, enough, free, least, parameters, sizes, walk
+from tunebook.tuning.cost import PARAMETERS, PLANS, Sizes, Tape, below_limit, count, enough, free, least, parameters, sizes, walk
 from tunebook.tuning.methods import METHODS, attach
 
 aten = torch.ops.aten
@@ -193,3 +193,27 @@ def test_a_store_counts_while_it_is_held():
     t = Tape(lambda path: False)
     x = t.weight("w", 4, new=True)
     assert t.weight("w", 4) is x and t.op([x], (4,), keep=[x]).size == 16 and t.saved() == 0
+
+
+GROUPS = {  # files of a control group: bytes that are left
+    "version 2": ({"proc/self/cgroup": "0::/job", "sys/fs/cgroup/job/memory.max": "1000", "sys/fs/cgroup/job/memory.current": "700",
+                   "sys/fs/cgroup/job/memory.stat": "anon 3\ninactive_file 50\n"}, 350),
+    "no limit": ({"proc/self/cgroup": "0::/job", "sys/fs/cgroup/job/memory.max": "max\n", "sys/fs/cgroup/job/memory.current": "700",
+                  "sys/fs/cgroup/job/memory.stat": ""}, float("inf")),
+    "a parent is tighter": ({"proc/self/cgroup": "0::/a/b", **{
+        f"sys/fs/cgroup/{at}/{name}": text for at, top in (("a", "900"), ("a/b", "2000"))
+        for name, text in (("memory.max", top), ("memory.current", "600"), ("memory.stat", ""))}}, 300),
+    "version 1, seen from inside": ({"proc/self/cgroup": "3:cpu:/x\n4:memory:/outside/x", **{
+        f"sys/fs/cgroup/memory/memory.{name}": text for name, text in (
+            ("limit_in_bytes", "500"), ("usage_in_bytes", "100"), ("stat", "total_inactive_file 20\n"))}}, 420),
+    "nothing there": ({}, float("inf")),
+}
+
+
+@pytest.mark.parametrize("name", GROUPS)
+def test_a_container_has_less(tmp_path, name):
+    files, left = GROUPS[name]
+    for path, text in files.items():
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).write_text(text)
+    assert below_limit(tmp_path) == left

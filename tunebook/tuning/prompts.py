@@ -75,7 +75,7 @@ def grown(
     if tuple(mask.shape) != shape:
         raise ValueError(f"attention_mask must be {shape}, one number for each token of the text, got {tuple(mask.shape)}: "
                          "give the tokenizer's mask, the virtual tokens are added here")
-    return torch.cat((mask.new_ones(shape[0], tokens), mask), 1)
+    return torch.cat((mask.new_ones(shape[0], tokens, dtype=torch.bool), mask.bool()), 1)
 
 # %% ../../nbs/tuning/35_prompts.ipynb #87a6be34
 class Virtual(Rows):
