@@ -14,7 +14,7 @@ import nbformat
 from tunebook.kit.cli import catalogue, read_ledger
 from tunebook.kit.ledger import interval
 from tunebook.tuning import splits_of
-from tunebook.tuning.compare import Study, percent, summary
+from tunebook.tuning.compare import BASELINES, Study, percent, summary
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
@@ -78,34 +78,35 @@ def studies():
     return found
 
 
-def per_seed(tested, method, what):
-    """Mean with its 95 % interval over seeds, in percent."""
-    mean, low, high = interval([100 * what(t) for t in tested if t["job"]["method"] == method])
-    return f"{mean:.0f} [{low:.0f}, {high:.0f}]"
-
-
 def comparison_table():
     (reviews, tested, environment), (polarity, others, _) = studies().values()
     steps = json.loads((ROOT / "data" / "comparisons" / "minilm-steps.json").read_text())
-    cost = steps["shapes"]["16 x 32"]
-    other = {r["method"]: r for r in polarity}
-    base = f"{100 * tested[0]['retrieval']['base']:.1f}" if "retrieval" in tested[0] else ""
-    rows = ["| method | trains | reviews, % | against full | rt_polarity, % | against full | finds again, % | step | peak, MB |",
-            "|---|---:|---:|---|---:|---|---:|---:|---:|"]
+    cost, other = steps["shapes"]["16 x 32"], {r["method"]: r for r in polarity}
+    trained = [t for t in tested if t["job"]["method"] not in BASELINES]
+
+    def found(method):
+        mean, low, high = interval([100 * t["retrieval"]["tuned"] for t in trained if t["job"]["method"] == method])
+        return f"{mean:.0f} [{low:.0f}, {high:.0f}]"
+
+    def accuracy(row):
+        items = len(next(t["right"] for t in tested)) if row in reviews else len(others[0]["right"])
+        learned = sum(x > 0.5 + 1.96 * 0.5 / items**0.5 for x in row["seeds"])
+        return [percent(row["accuracy"]), "" if row["method"] in BASELINES else f"{learned} of {len(row['seeds'])}", row["verdict"]]
+
+    each = "% | learned | against full"
+    rows = [f"| method | trains | reviews, {each} | rt_polarity, {each} | finds again, % | step | peak, MB |",
+            "|---|---:|---:|---:|---|---:|---:|---|---:|---:|---:|"]
     for r in reviews:
-        m, o = r["method"], other[r["method"]]
-        full = m in cost["seconds"]
-        step = statistics.median(a / b for a, b in zip(cost["seconds"][m], cost["seconds"]["full"])) if full else 0
-        cells = [m, f"{r['trainable']:,}" if full else "", percent(r["accuracy"]), r["verdict"], percent(o["accuracy"]), o["verdict"],
-                 *([per_seed(tested, m, lambda t: t["retrieval"]["tuned"]), f"{step:.2f}", f"{cost['peak'][m] / 1e6:.0f}"] if full else [""] * 3)]
-        rows.append("| " + " | ".join(cells) + " |")
-    share = tested[0]["job"]
-    told = (f"MiniLM (22.7 M numbers), five seeds, each method's rate chosen among four on validation, 95 % intervals for other seeds and other "
-            f"sentences, verdicts with Holm's correction. Reviews: 2400 sentences, {share['epochs']} epochs; film-review sentences of rt_polarity: "
-            f"{others[0]['job']['rows']}, {others[0]['job']['epochs']} epoch; batches of {share['batch']}, no dropout. *Finds again*: sentences of 200 that the "
-            f"encoder tuned on the reviews finds by two thirds of their words; before tuning {base}. *Step*: CPU time over full tuning's, "
-            f"*peak*: beside weights and optimizer, 16 x 32 tokens. {environment['cores']} cores of {environment['cpu']}; "
-            f"{steps['from']['date']}. Every trial is in `data/comparisons`.")
+        m, o, costs = r["method"], other[r["method"]], ["", "", ""]
+        if m in cost["seconds"]:
+            step = statistics.median(a / b for a, b in zip(cost["seconds"][m], cost["seconds"]["full"]))
+            costs = [found(m), f"{step:.2f}", f"{cost['peak'][m] / 1e6:.0f}"]
+        size = f"{r['trainable']:,}" if m not in BASELINES else ""
+        rows.append("| " + " | ".join([m, size, *accuracy(r), *accuracy(o), *costs]) + " |")
+    a, b, base = trained[0]["job"], others[0]["job"], 100 * trained[0]["retrieval"]["base"]
+    told = (f"Reviews: 2400 sentences, {a['epochs']} epochs. rt_polarity: {b['rows']} sentences, {b['epochs']} epoch. Batches of "
+            f"{a['batch']}, no dropout. Before tuning the encoder finds {base:.0f} % again. {environment['cores']} cores of "
+            f"{environment['cpu']}, {steps['from']['date']}.")
     return told + "\n\n" + "\n".join(rows)
 
 
