@@ -1,4 +1,4 @@
-"""The simulated GPU on drawn programs: no time runs backwards, nothing overlaps that may not, and every exercise finds its wrong answers."""
+"""The simulated GPU on drawn programs: no time runs backwards, nothing overlaps that may not; every exercise finds its wrong answers."""
 
 import ast
 import inspect
@@ -34,7 +34,7 @@ from tunebook.timing.simulate import (
     timeline,
 )
 
-quick = settings(deadline=None, max_examples=60, derandomize=True)
+quick = settings(deadline=None, max_examples=40, derandomize=True)
 
 
 def quarters(low, high):
@@ -46,8 +46,9 @@ costs = st.builds(Costs, launch=quarters(0, 12), record=quarters(0, 6), sync=qua
                   node=quarters(0, 2), depth=st.integers(1, 6), l2=st.sampled_from([0.0, 8.0, 40.0]), dram=st.sampled_from([0.5, 2.0]))
 kernels = st.builds(Kernel, quarters(0, 40), mb=st.sampled_from([0.0, 4.0, 16.0]), first=st.sampled_from([0.0, 50.0]),
                     out=st.sampled_from([0.0, 2.0]), share=st.sampled_from([0.25, 0.5, 1.0]), name=st.sampled_from("abc"))
-calls = st.one_of(st.tuples(st.just("launch"), kernels, st.integers(0, 2)), st.tuples(st.just("work"), quarters(0, 50)),
-                  st.tuples(st.sampled_from(["record", "wait", "replay", "synchronize"]), st.integers(0, 2)), st.tuples(st.just("synchronize")))
+streams = st.integers(0, 2)
+calls = st.one_of(st.tuples(st.just("launch"), kernels, streams), st.tuples(st.just("work"), quarters(0, 50)),
+                  st.tuples(st.sampled_from(["record", "wait", "replay", "synchronize"]), streams), st.tuples(st.just("synchronize")))
 programs = st.lists(calls, min_size=1, max_size=30)
 
 
@@ -128,16 +129,16 @@ def test_the_sum_of_the_kernels_is_a_lower_bound(costs, program):
 
 
 @quick
-@given(costs, programs, st.integers(0, 2))
+@given(costs, programs, streams)
 def test_synchronize_waits_exactly_for_the_streams(costs, program, which):
     for one in (True, False):
         gpu, _ = run(costs, program)
         for i, s in enumerate(gpu.streams):
             with gpu.stream(s):
                 gpu.kernel(10 * i + 5)()
-        called, streams = gpu.now, [gpu.streams[which]] if one else gpu.streams
-        streams[0].synchronize() if one else gpu.synchronize()
-        assert gpu.now == max(called, *(s.commands[-1].end for s in streams)) + costs.sync
+        called, awaited = gpu.now, [gpu.streams[which]] if one else gpu.streams
+        awaited[0].synchronize() if one else gpu.synchronize()
+        assert gpu.now == max(called, *(s.commands[-1].end for s in awaited)) + costs.sync
 
 
 @quick
@@ -151,7 +152,6 @@ def test_a_pair_of_events_encloses_what_was_launched_between(costs, between, pro
     stop.record()
     gpu.synchronize()
     commands = gpu.current.commands[-len(between) - 1: -1]
-    assert start.command.end <= min((c.arrive for c in commands), default=math.inf) or start.command.end < commands[0].end
     assert all(start.command.end + costs.gap <= c.end <= stop.command.end - costs.gap for c in commands)
     assert start.elapsed_time(stop) * 1000 >= sum(k.us for k in between) + costs.gap - 1e-9
 
@@ -191,18 +191,23 @@ def test_one_stream_is_a_recursion(costs, loop):
     assert [c.end for c in gpu.current.commands] == ends and gpu.now == max(host, ends[-1]) + costs.sync
 
 
+@st.composite
+def inside(draw):
+    """Costs for which the closed forms hold: the gap is at most record, launch and synchronize."""
+    g = draw(st.integers(2, 10))
+    return Costs(launch=draw(quarters(g, 20)), record=draw(quarters(g, 12)), sync=draw(quarters(g, 60)), graph=draw(quarters(0, 30)),
+                 gap=g / 2, node=draw(quarters(0, 2)), depth=draw(st.sampled_from([8, 20, 1024])))
+
+
 @quick
-@given(st.integers(2, 10).flatmap(lambda g: st.builds(Costs, launch=quarters(g, 20), record=quarters(g, 12), sync=quarters(g, 60), graph=quarters(0, 30),
-       gap=st.just(g / 2), node=quarters(0, 2), depth=st.sampled_from([2, 8, 1024]))), quarters(0, 60), st.integers(3, 60))
+@given(inside(), quarters(0, 60), st.integers(3, 60))
 def test_readings_are_the_closed_forms(costs, us, n):
     kernel = Kernel(us + 0.25, mb=8.0, name="timed")
-    flush = math.ceil(costs.launch + costs.record)
-    theirs = closed_form(costs, kernel, n)
-    for name, mine in readings(costs, kernel, n).items():
-        if "flush" in name:
-            gpu = GPU(costs)
-            mine = events_each(gpu, lambda: gpu.launch(kernel), n, gpu.clock, gpu.kernel(flush, mb=40, name="flush"))
-        assert mine == pytest.approx(theirs[name], rel=1e-14), name
+    mine, theirs, gpu = readings(costs, kernel, n), closed_form(costs, kernel, n), GPU(costs)
+    flush = gpu.kernel(costs.launch + 2 * costs.record, mb=40, name="flush")  # long enough for any costs
+    mine["events and flush"] = events_each(gpu, lambda: gpu.launch(kernel), n, gpu.clock, flush)
+    for name in METHODS:
+        assert mine[name] == pytest.approx(theirs[name], rel=1e-14), name
 
 
 # The parts
@@ -289,7 +294,7 @@ def devices():
         yield torch.cuda, lambda: x.add_(1), simulate.host_clock
 
 
-@pytest.mark.parametrize("device, f, clock", devices(), ids=lambda x: getattr(x, "__name__", type(x).__name__))
+@pytest.mark.parametrize("device, f, clock", list(devices()), ids=lambda x: getattr(x, "__name__", type(x).__name__))
 @pytest.mark.parametrize("name", METHODS)
 def test_the_same_harness_runs_on_every_device(device, f, clock, name):
     more = {"before": f} if "flush" in name else {}
@@ -326,9 +331,8 @@ def test_what_is_printed_says_simulated():
 
 
 def test_a_time_line_draws_every_span():
-    from tunebook.kit.plots import figure
-    _, ax = figure()
-    gpu = GPU()
+    from matplotlib.figure import Figure
+    ax, gpu = Figure().subplots(), GPU()
     event_times(gpu, gpu.kernel(8), 3)
     timeline(ax, gpu)
     assert len(ax.patches) + len(ax.lines) == len(gpu.trace) and [t.get_text() for t in ax.get_yticklabels()] == ["host", "stream 0"]
@@ -521,20 +525,23 @@ RIGHT = {
     "warm-up": [steady, lambda d, f, clock: slower(marks(d, f, 99))],
     "other stream": [on(lambda d, s: s), within_stream],
     "hidden work": [lambda c, us: max(0.0, us + c.gap - c.launch), lambda c, us: period(c, us) - c.launch],
-    "launch-bound": [lambda c, us: (us + c.gap < c.launch, max(c.launch, us + c.gap)), lambda c, us: (period(c, us) == c.launch, period(c, us))],
+    "launch-bound": [lambda c, us: (us + c.gap < c.launch, max(c.launch, us + c.gap)),
+                     lambda c, us: (period(c, us) == c.launch, period(c, us))],
     "roof": [lambda c, mb, us: (mb / us * 1000, mb > us * c.dram), lambda c, mb, us: (mb * 1e6 / (us * 1e-6) / 1e9, mb / c.dram > us)],
 }
 WRONG = {
     "device time": {"reads the launches": loop(50), "waits at each call": loop(50, wait_each=True), "in ms": lambda *a: by_hand(*a) / 1000,
                     "first call": loop(10, wait_end=True, warm=False), "launch-bound": lambda d, f, clock: events_loop(d, f, 100, clock),
                     "the launch is between them": lambda d, f, clock: events_each(d, f, 30, clock), "": lambda *a: 20},
-    "launch cost": {"queue was full": loop(2000), "waits at each call": loop(10, wait_each=True), "waits at the end": loop(100, wait_end=True),
-                    "first call": loop(1, warm=False), "": lambda *a: 5},
-    "wrong harness": {"upside down": odd_one(invert=True), "takes the largest": odd_one(choose=max), "takes the smallest": odd_one(choose=min),
-                      "": lambda *a: ("A", 1.0)},
-    "queue full": {"number of places": lambda c, us: c.depth, "gap between kernels": lambda c, us: queue_by_formula(replace(c, gap=0.0), us),
+    "launch cost": {"queue was full": loop(2000), "waits at each call": loop(10, wait_each=True),
+                    "waits at the end": loop(100, wait_end=True), "first call": loop(1, warm=False), "": lambda *a: 5},
+    "wrong harness": {"upside down": odd_one(invert=True), "takes the largest": odd_one(choose=max),
+                      "takes the smallest": odd_one(choose=min), "": lambda *a: ("A", 1.0)},
+    "queue full": {"number of places": lambda c, us: c.depth,
+                   "gap between kernels": lambda c, us: queue_by_formula(replace(c, gap=0.0), us),
                    "counted from 1": lambda c, us: queue_by_formula(c, us) and queue_by_formula(c, us) + 1, "": lambda c, us: None},
-    "flush": {"flush itself": lambda d, f, flush, clock: loop(100, wait_end=True)(d, lambda: (flush(), f()), clock) - loop(100, wait_end=True)(d, f, clock),
+    "flush": {"flush itself": lambda d, f, flush, clock: (loop(100, wait_end=True)(d, lambda: (flush(), f()), clock)
+                                                          - loop(100, wait_end=True)(d, f, clock)),
               "not the difference": lambda d, f, flush, clock: events_each(d, f, 30, clock, flush),
               "nothing was flushed": lambda d, f, flush, clock: (flush(), events_each(d, f, 30) - events_each(d, f, 30))[1]},
     "two streams": {"ran on one stream": streams_apart(1, split=False), "nothing waits": streams_apart(1, wait=False),
@@ -542,7 +549,8 @@ WRONG = {
                     "waits between": streams_between},
     "graph gain": {"launches are compared": graph_against(1, wait=False), "capture is timed": graph_against(1, inside=True),
                    "upside down": lambda *a: 1 / graph_against(1)(*a)},
-    "first call": {"warm already": lambda d, f, clock: (f(), first_less_second()(d, f, clock))[1], "first call itself": loop(1, wait_end=True, warm=False),
+    "first call": {"warm already": lambda d, f, clock: (f(), d.synchronize(), first_less_second()(d, f, clock))[2],
+                   "first call itself": loop(1, wait_end=True, warm=False),
                    "ten calls": first_less_second(10)},
     "percentiles": {"the mean": lambda d, f, n: (statistics.mean(t := marks(d, f, n)), middle_and(t, 0.95)[1]),
                     "never got hot": lambda d, f, n: middle_and(event_times(d, f, 10), 0.95),
@@ -551,9 +559,11 @@ WRONG = {
     "other stream": {"current stream": on(lambda d, s: None), "nothing waits": loop(1), "in ms": on(lambda d, s: s, 1.0)},
     "hidden work": {"launch is host work": lambda c, us: us + c.gap, "gap between": lambda c, us: max(0.0, us - c.launch),
                     "negative": lambda c, us: us + c.gap - c.launch, "": lambda c, us: us},
-    "launch-bound": {"do not add": lambda c, us: (us + c.gap < c.launch, us + c.gap + c.launch), "gap is forgotten":
-                     lambda c, us: (us < c.launch, max(us, c.launch)), "wrong way round": lambda c, us: (us + c.gap > c.launch, max(c.launch, us + c.gap))},
-    "roof": {"MB per us": lambda c, mb, us: (mb / us, mb / us > c.dram), "upside down": lambda c, mb, us: (us / mb * 1000, us / mb > c.dram),
+    "launch-bound": {"do not add": lambda c, us: (us + c.gap < c.launch, us + c.gap + c.launch),
+                     "gap is forgotten": lambda c, us: (us < c.launch, max(us, c.launch)),
+                     "wrong way round": lambda c, us: (us + c.gap > c.launch, max(c.launch, us + c.gap))},
+    "roof": {"MB per us": lambda c, mb, us: (mb / us, mb / us > c.dram),
+             "upside down": lambda c, mb, us: (us / mb * 1000, us / mb > c.dram),
              "another unit": lambda c, mb, us: (mb / us * 1000, mb / us * 1000 > c.dram), "": lambda c, mb, us: mb / us * 1000},
 }
 

@@ -342,7 +342,7 @@ def readings(costs: Costs, kernel: Kernel, n: int) -> dict[str, float]:
 
 # %% ../../nbs/timing/39_simulate.ipynb #51c62feb
 def closed_form(costs: Costs, kernel: Kernel, n: int) -> dict[str, float]:
-    """The readings by the chapter's formulas: gap <= record, launch and sync, a locked clock, a flush longer than its launches, n >= 3."""
+    """The readings by formula, for gap <= record, launch, sync; a locked clock; flush >= launch + 2 record; n >= 3, depth >= 8."""
     c, k = costs, kernel.us
     p = max(c.launch, k + c.gap)
     full = 2 * c.launch + (n - 1 - c.depth) * p + k if n > c.depth else 0.0
