@@ -12,11 +12,11 @@ __all__ = ['Span', 'METHODS', 'PROMPTS', 'EXERCISES', 'HUES', 'Costs', 'Kernel',
 import math
 import statistics
 import time
+from collections import namedtuple
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from collections import namedtuple
 from typing import Any
 
 from ..kit.plots import COLORS
