@@ -130,9 +130,6 @@ class Sampler:
         return max(block(self.call, self.n, self.clock) - self.empty, 1) / self.n / 1e9
 
 # %% ../../nbs/timing/40_clock.ipynb #1b863a0f
-def _nothing(*args: Any) -> None:
-    "What a call costs."
-
 def sampler(
     f: Callable[..., Any],
     args: Sequence[Any],
@@ -146,7 +143,7 @@ def sampler(
     if before: before()
     warm_up(call, clock, int(limit))
     n = 1 if before else calls_for(call, clock, max(int(length), 100 * resolution(clock)))
-    empty = statistics.median(block(partial(_nothing, *args), n, clock) for _ in range(9))
+    empty = statistics.median(block(gc.isenabled, n, clock) for _ in range(9))  # the cheapest call there is
     if min(block(call, n, clock) for _ in range(3)) < 2 * empty:
         raise Refused("expected a call that takes longer than an empty one, this does not: time a loop of it")
     return Sampler(call, clock, n, empty, before)
@@ -248,9 +245,9 @@ class Timing:
         return statistics.median(self.seconds)
 
     def __repr__(self) -> str:
-        """One line, with its kind."""
+        """Median, the range of nine samples in ten, and the kind."""
         low, high = (duration(self.percentile(q)) for q in (5, 95))
-        return f"{self.name}: {duration(self.median)} ({low} to {high} in 90 % of {len(self.seconds)}), {self.kind}"
+        return f"{self.name}: {duration(self.median)} ({low} to {high}, {len(self.seconds)} samples), {self.kind}"
 
 # %% ../../nbs/timing/40_clock.ipynb #0c6ef172
 def table(
@@ -272,11 +269,14 @@ def _calm() -> Iterator[None]:
     finally:
         if was: gc.enable()
 
-def _setting(clock: Clock | None, device: str | None, args: Sequence[Any]) -> tuple[Clock, str, dict[str, str]]:
-    "Clock, kind and provenance: of a given clock, or of the device the arguments live on."
-    device = device or next((str(a.device) for a in args if isinstance(a, Tensor)), "cpu")
+def _home(args: Sequence[Any]) -> str:
+    "The device of the first tensor."
+    return next((str(a.device) for a in args if isinstance(a, Tensor)), "cpu")
+
+def _setting(clock: Clock | None, device: str) -> tuple[Clock, str, dict[str, str]]:
+    "Clock, kind and provenance: only a clock of the module time, or the device's own, measures."
     name, own = clock_of(device) if clock is None else (getattr(clock, "__name__", "simulated"), clock)
-    if getattr(own, "__module__", "") == "time" or clock is None: return own, "measured here", provenance(device, name)
+    if clock is None or getattr(clock, "__module__", "") == "time": return own, "measured here", provenance(device, name)
     return own, "simulated", {"device": "a simulated clock", "clock": "simulated"}
 
 def bench(
@@ -291,13 +291,14 @@ def bench(
     **work: Any,  # flops=, nbytes=, roof=: see `within`
 ) -> Timing:
     """Times of f(*args): warm, in blocks long enough for the clock, overhead subtracted; refuses rates above the roof."""
-    clock, kind, where = _setting(clock, device, args)
+    device = device or _home(args)
+    clock, kind, where = _setting(clock, device)
     with _calm():
         s, taken = sampler(f, args, clock, seconds * 1e9 / most, seconds * 5e8, before), []
         end = clock() + seconds * 1e9
         while len(taken) < 5 or (len(taken) < most and clock() < end): taken.append(s())
-    timing = Timing(name or getattr(f, "__name__", "call"), taken, kind, where | {"calls a sample": str(s.n)})
-    if work: within(timing, device=device or "cpu", **work)
+    timing = Timing(name or getattr(f, "__name__", type(f).__name__), taken, kind, where | {"calls a sample": str(s.n)})
+    if work: within(timing, device=device, **work)
     return timing
 
 # %% ../../nbs/timing/40_clock.ipynb #43b4e652
@@ -400,7 +401,10 @@ class Comparison:
     level: float = 0.95
 
     def __post_init__(self) -> None:
-        """Ratio, interval and floor."""
+        """Ratio, interval and floor; refuses timings that did not take turns."""
+        turns = self.f.where.get("turns")
+        if not turns or turns != self.g.where.get("turns") or len(self.f.seconds) != len(self.g.seconds):
+            raise Refused(f"{self.f.name} and {self.g.name} did not take turns, so the load is in their ratio: use compare")
         f, g = (torch.tensor(t.seconds, dtype=torch.float64).log().view(-1, 2) for t in (self.f, self.g))
         coins = torch.tensor([random.Random(0).choices((-1.0, 1.0), k=2 * len(f))]).view(-1, 2)
         self.logs = f.mean(1) - g.mean(1)  # (R,)
@@ -453,14 +457,16 @@ def compare(
 ) -> Comparison:
     """Is f faster than g? Refuses unequal outputs and rates above the roof."""
     demand_equal(f, g, args, check)
-    clock, kind, where = _setting(clock, device, args)
+    device = device or _home(args)
+    clock, kind, where = _setting(clock, device)
     with _calm():
         pair = [sampler(h, args, clock, seconds * 1e9 / (4 * most), seconds * 2.5e8, before) for h in (f, g)]
         end = clock() + seconds * 1e9
         drawn = interleave(*pair, lambda rounds: rounds < 8 or (rounds < most and clock() < end), seed)
-    names = names or tuple(getattr(h, "__name__", f"call {i}") for i, h in enumerate((f, g)))
+    names = names or tuple(getattr(h, "__name__", type(h).__name__) for h in (f, g))
+    where |= {"turns": " and ".join(names)}
     timings = [Timing(n, t, kind, where | {"calls a sample": str(s.n)}) for n, t, s in zip(names, drawn, pair)]
-    if work: [within(t, device=device or "cpu", **work) for t in timings]
+    if work: [within(t, device=device, **work) for t in timings]
     return Comparison(*timings, effect=effect)
 
 # %% ../../nbs/timing/40_clock.ipynb #569804d2
@@ -480,12 +486,12 @@ def load(
     path: str | Path,
 ) -> list[Timing]:
     """Timings from a file, as recorded on their device; raises ValueError when anything was changed."""
-    timings = []
-    for record in json.loads(Path(path).read_text(encoding="utf-8")):
-        if record.pop("sha256", None) != _digest(record): raise ValueError(f"{path}: {record.get('name')} was changed: measure it again")
-        if record["kind"] == "measured here": record["kind"] = f"recorded on {record['where']['device']}"
-        timings.append(Timing(**record))
-    return timings
+    try: records = [(r, r.pop("sha256", "")) for r in json.loads(Path(path).read_text(encoding="utf-8"))]
+    except (ValueError, TypeError, AttributeError): raise ValueError(f"{path} is not a file of timings: write one with save") from None
+    for r, told in records:
+        if told != _digest(r): raise ValueError(f"{path}: {r.get('name')} was changed after it was measured: measure it again")
+        if r["kind"] == "measured here": r["kind"] = f"recorded on {r['where']['device']}"
+    return [Timing(**r) for r, _ in records]
 
 # %% ../../nbs/timing/40_clock.ipynb #8417054b
 def draw(
@@ -601,10 +607,11 @@ def cmd_time(
         elif args.calibrate: print(calibrate(_matmul, torch.rand(128, 128, device=args.device), seconds=args.seconds))
         else:
             seen = time_set(args.names or tuple(WORK), args.device, args.seconds)
-            save(f"{args.out}.json", seen)
+            data, picture = (Path(args.out).with_suffix(s) for s in (".json", ".png"))
+            save(data, seen)
             fig, ax = figure()
             draw_times(ax, seen)
-            write_atomic(f"{args.out}.png", png(fig))
-            print(f"{table(seen)}\n{args.out}.json and {args.out}.png written")
-    except (ValueError, KeyError, TypeError, FileNotFoundError) as e: raise Problem(str(e)) from e
+            write_atomic(picture, png(fig))
+            print(f"{table(seen)}\n{data} and {picture} written")
+    except (ValueError, RuntimeError, FileNotFoundError) as e: raise Problem(str(e)) from e
     return 0
