@@ -23,7 +23,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from functools import cache, partial
 from itertools import repeat
@@ -95,7 +95,7 @@ def calls_for(
 ) -> int:  # calls of a block
     """The first power of two that fills a block."""
     n = 1
-    while block(call, n, clock) < length: n *= 2
+    while min(block(call, n, clock) for _ in range(3)) < length: n *= 2
     return n
 
 # %% ../../nbs/timing/40_clock.ipynb #ac64f95e
@@ -122,8 +122,11 @@ class Sampler:
     call: Callable[[], Any]
     clock: Clock
     n: int = 1  # calls of a block
-    empty: float = 0.0  # ns of a block that does nothing
     before: Callable[[], Any] | None = None
+
+    def __post_init__(self) -> None:
+        """Time a block that does nothing."""
+        self.empty = statistics.median(block(gc.isenabled, self.n, self.clock) for _ in range(9))
 
     def __call__(self) -> float:
         """One sample."""
@@ -139,15 +142,15 @@ def sampler(
     limit: float,  # ns of warm-up
     before: Callable[[], Any] | None = None,  # runs ahead of each sample, not timed
 ) -> Sampler:
-    """A warm call with its block and overhead; refuses what costs less than being called."""
+    """A warm call with its block; refuses what costs less than being called."""
     call = partial(f, *args)
     if before: before()
     warm_up(call, clock, int(limit))
     n = 1 if before else calls_for(call, clock, max(int(length), 100 * resolution(clock)))
-    empty = statistics.median(block(gc.isenabled, n, clock) for _ in range(9))  # the cheapest call there is
-    if min(block(call, n, clock) for _ in range(3)) < 2 * empty:
+    s = Sampler(call, clock, n, before)
+    if min(block(call, n, clock) for _ in range(3)) < 2 * s.empty:
         raise Refused("expected a call that takes longer than an empty one, this does not: time a loop of it")
-    return Sampler(call, clock, n, empty, before)
+    return s
 
 # %% ../../nbs/timing/40_clock.ipynb #9ed7ab8c
 def event_clock(
@@ -475,6 +478,8 @@ def compare(
     clock, kind, where = _setting(clock, device)
     with _calm():
         pair = [sampler(h, args, clock, seconds * 1e9 / (4 * most), seconds * 2.5e8, before) for h in (f, g)]
+        n = max(s.n for s in pair)
+        if all(n <= 2 * s.n for s in pair): pair = [replace(s, n=n) for s in pair]  # like blocks for like calls
         end = clock() + seconds * 1e9
         drawn = interleave(*pair, lambda rounds: rounds < 8 or (rounds < most and clock() < end), seed)
     names = names or tuple(getattr(h, "__name__", type(h).__name__) for h in (f, g))
@@ -524,6 +529,8 @@ def draw(
     right.axhspan(c.low, c.high, color="#009E73", alpha=0.35, lw=0)
     right.plot(ratios, ".", ms=4, color="#000000")
     right.axhline(c.ratio, color="#009E73")
+    bottom, top = left.get_ylim()
+    left.set(ylim=(bottom, top + 0.25 * (top - bottom)))  # room for the names
     left.set(title="Every sample", xlabel="round", ylabel=f"time of a call ({unit}, {c.f.kind})")
     right.set(title=f"{c.f.name}: {c.verdict}", xlabel="round", ylabel=f"time over that of {c.g.name}")
 
