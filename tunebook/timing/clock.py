@@ -529,6 +529,9 @@ def draw(
     right.axhspan(c.low, c.high, color="#009E73", alpha=0.35, lw=0)
     right.plot(ratios, ".", ms=4, color="#000000")
     right.axhline(c.ratio, color="#009E73")
+    sides = ("bottom", "top") if c.ratio >= 1 else ("top", "bottom")
+    for y, told, color, side in ((c.ratio, f"{c.ratio:.3f}", "#007755", sides[0]), (1, f"± {c.effect:.0%}", "#777777", sides[1])):
+        right.annotate(told, (1.01, y), xycoords=("axes fraction", "data"), va=side, fontsize=9, color=color)
     bottom, top = left.get_ylim()
     left.set(ylim=(bottom, top + 0.25 * (top - bottom)))  # room for the names
     left.set(title="Every sample", xlabel="round", ylabel=f"time of a call ({unit}, {c.f.kind})")
