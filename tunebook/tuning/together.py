@@ -6,7 +6,7 @@
 __all__ = ['ROLES', 'NOUNS', 'VERBS', 'FRAMES', 'BESIDE', 'TOKENS', 'NUMBER', 'Sentence', 'fill', 'sentences', 'role_tags',
            'did_it', 'shuffled', 'Tagger', 'below', 'Task', 'share', 'stream', 'joint', 'turns', 'learn_together']
 
-# %% ../../nbs/tuning/46_together.ipynb #2268b86d
+# %% ../../nbs/tuning/46_together.ipynb #6ab151fe
 import itertools
 import math
 import random
@@ -22,7 +22,7 @@ from .batches import IGNORED, Example, counted, pad, plan
 from .pretrain import SPECIAL, Corruption, learn
 from .train import classify, draw_seed
 
-# %% ../../nbs/tuning/46_together.ipynb #c16cb88a
+# %% ../../nbs/tuning/46_together.ipynb #03d19629
 ROLES = ("AGENT", "PATIENT", "INSTRUMENT", "PLACE")
 NOUNS = tuple("dog cat fox horse goat owl nurse clown king pilot thief queen".split())
 VERBS = tuple("chased pushed followed washed lifted kicked pulled painted".split())
@@ -43,7 +43,7 @@ def fill(
     slots = pattern.split()
     return Sentence(tuple(who.get(s, s) for s in slots), tuple(s if s in ROLES else None for s in slots))
 
-# %% ../../nbs/tuning/46_together.ipynb #e1d45642
+# %% ../../nbs/tuning/46_together.ipynb #aa9dbe9a
 def _draw(dice: random.Random, asked: str | None) -> Sentence:
     "One sentence."
     who = dict(zip(ROLES, dice.sample([n for n in NOUNS if n != asked], len(ROLES)))) | {"VERB": dice.choice(VERBS)}
@@ -66,7 +66,7 @@ def sentences(
         known.add(s)
     return made
 
-# %% ../../nbs/tuning/46_together.ipynb #b22b5d92
+# %% ../../nbs/tuning/46_together.ipynb #571c904f
 TOKENS = (*SPECIAL, "it", "was", "that", "by", "near", "with", *VERBS, *NOUNS)
 NUMBER = {w: i for i, w in enumerate(TOKENS)}
 
@@ -77,7 +77,7 @@ def _example(s: Sentence, labels: Sequence[int]) -> Example:
 def role_tags(
     s: Sentence,
 ) -> Example:
-    """The role of each noun as its label (Gildea and Jurafsky 2002, section 2)."""
+    """The role of each noun as its label (Gildea and Jurafsky 2002)."""
     return _example(s, [IGNORED, *(ROLES.index(r) if r else IGNORED for r in s.roles)])
 
 def did_it(
@@ -89,7 +89,7 @@ def did_it(
     if role not in ROLES[:2]: raise ValueError(f"{noun!r} is neither AGENT nor PATIENT of: {' '.join(s.words)}")
     return _example(s, [int(role == "AGENT")])
 
-# %% ../../nbs/tuning/46_together.ipynb #d5ef7eda
+# %% ../../nbs/tuning/46_together.ipynb #6429158f
 def shuffled(
     rows: Sequence[Example],
     seed: int = 0,
@@ -102,7 +102,7 @@ def shuffled(
         made.append(row | {"labels": [dealt.get(i, IGNORED) for i in range(len(row["labels"]))]})
     return made
 
-# %% ../../nbs/tuning/46_together.ipynb #0ce30be1
+# %% ../../nbs/tuning/46_together.ipynb #f76bf15e
 class Tagger(nn.Module):
     """A linear layer on each token vector of an encoder (Devlin et al. 2018, figure 4b and 4d)."""
     def __init__(
@@ -121,12 +121,12 @@ class Tagger(nn.Module):
         """`logits` (B, T, C) of token numbers (B, T)."""
         return SimpleNamespace(logits=self.head(self.encoder(input_ids, attention_mask=attention_mask).last_hidden_state))
 
-# %% ../../nbs/tuning/46_together.ipynb #8bdee9ee
+# %% ../../nbs/tuning/46_together.ipynb #91ca6e2c
 def below(
     encoder: nn.Module,  # BertModel or one built like it
     layers: int,  # that stay
 ) -> nn.Module:
-    """The first layers of an encoder, shared with it (Søgaard and Goldberg 2016, section 3)."""
+    """The first layers of an encoder, shared with it (Søgaard and Goldberg 2016)."""
     have = len(encoder.encoder.layer)
     if not 1 <= layers <= have: raise ValueError(f"the encoder has {have} layers, got {layers}: take 1 to {have}")
     config = deepcopy(encoder.config)
@@ -135,7 +135,7 @@ def below(
     part.embeddings, part.encoder.layer = encoder.embeddings, encoder.encoder.layer[:layers]
     return part
 
-# %% ../../nbs/tuning/46_together.ipynb #9d9ed173
+# %% ../../nbs/tuning/46_together.ipynb #220d7f93
 @dataclass(frozen=True)
 class Task:
     """One of the tasks that share an encoder."""
@@ -157,13 +157,13 @@ def share(
     tasks: Iterable[Task],
     seed: int = 0,
 ) -> nn.ModuleDict:  # a Tagger for each task, by its name
-    """One encoder with a head for each task (Caruana 1997, section 1); a head's start depends on seed and name only."""
+    """One encoder with a head for each task (Caruana 1997); a head's start depends on seed and name only."""
     def tagger(t: Task) -> Tagger:
         part = encoder if t.layers is None else below(encoder, t.layers)
         return Tagger(part, t.classes, draw_seed(seed, *t.name.encode()))
     return nn.ModuleDict({t.name: tagger(t) for t in sorted(tasks, key=lambda t: t.name)})
 
-# %% ../../nbs/tuning/46_together.ipynb #dcd8c926
+# %% ../../nbs/tuning/46_together.ipynb #d176c23b
 def stream(
     task: Task,
     size: int,  # examples in a batch
@@ -178,13 +178,13 @@ def stream(
             if task.corrupt: batch["input_ids"], batch["labels"] = task.corrupt(batch["input_ids"], g)
             yield batch
 
-# %% ../../nbs/tuning/46_together.ipynb #010d1000
+# %% ../../nbs/tuning/46_together.ipynb #a04731d9
 def joint(
     models: Mapping[str, nn.Module],  # by task
     batches: Mapping[str, dict[str, Tensor]],  # of the tasks in this update
     weights: Mapping[str, float],  # of a label, by task
 ) -> Tensor:  # nats per weighted label; 0 when no label counts
-    """Sum of weighted losses over the sum of weighted labels (Caruana 1997, section 2, with labels counted)."""
+    """Sum of weighted losses over the sum of weighted labels (after Caruana 1997)."""
     total, count = torch.zeros(()), 0.0
     for name, batch in batches.items():
         where = next(models[name].parameters()).device
@@ -192,7 +192,7 @@ def joint(
         count += weights[name] * int((batch["labels"] != IGNORED).sum())
     return total / (count or 1.0)
 
-# %% ../../nbs/tuning/46_together.ipynb #d1aa5d0e
+# %% ../../nbs/tuning/46_together.ipynb #668eea4f
 def turns(
     weights: Mapping[str, float],  # how often, in relation
     seed: int,
