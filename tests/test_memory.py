@@ -10,6 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+
+from tunebook.kit.checks import same
 from tunebook.timing.memory import (
     Watch,
     at_peak,
@@ -26,8 +28,6 @@ from tunebook.timing.memory import (
     total,
     worst,
 )
-
-from tunebook.kit.checks import same
 
 DEVICES = pytest.mark.parametrize("device", ["cpu", "cuda"][: 1 + torch.cuda.is_available()])
 quick = settings(deadline=None, max_examples=30, derandomize=True)
@@ -94,8 +94,9 @@ def test_a_hook_leaves_no_knot():
     x = torch.ones(1000, requires_grad=True)
     gc.disable()
     try:
-        with Watch() as w:
-            assert total(saved(lambda: (x * 1).tanh())) == 4000
+        for _ in range(2):  # the first time torch imports what it needs, and that leaves garbage
+            with Watch() as w:
+                assert total(saved(lambda: (x * 1).tanh())) == 4000
     finally:
         gc.enable()
     assert max(w.bytes) == 8000 and w.bytes[-1] == 0
@@ -170,7 +171,7 @@ def test_a_watch_forgets_what_comes_after_it():
 def test_in_place_and_views_are_no_births():
     x = torch.zeros(10, 10)
     with Watch() as w:
-        _ = x.add_(1).view(100)[3:].T
+        _ = x.add_(1).view(20, 5)[3:].T
         torch.add(x, 1, out=x)
     assert w.bytes == [0]
     assert at_peak(w) == {}
