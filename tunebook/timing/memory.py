@@ -6,7 +6,7 @@
 __all__ = ['place', 'size', 'budget', 'Piece', 'saved', 'total', 'table', 'Watch', 'mark', 'at_peak', 'peak', 'rehearse',
            'checkpointed', 'in_segments', 'worst', 'longest']
 
-# %% ../../nbs/timing/42_memory.ipynb #3e7b1825
+# %% ../../nbs/timing/42_memory.ipynb #f06c5cd0
 import gc
 import weakref
 from collections import Counter
@@ -25,7 +25,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
-# %% ../../nbs/timing/42_memory.ipynb #11f89416
+# %% ../../nbs/timing/42_memory.ipynb #a7a9b312
 def place(t: Tensor) -> int:
     """Which memory a tensor lies in: views and tied weights share one."""
     return t.untyped_storage()._cdata
@@ -34,7 +34,7 @@ def size(*tensors: Tensor) -> int:  # bytes
     """The memory behind tensors, each counted once."""
     return sum({place(t): t.untyped_storage().nbytes() for t in tensors}.values())
 
-# %% ../../nbs/timing/42_memory.ipynb #8ed246fe
+# %% ../../nbs/timing/42_memory.ipynb #1d61fb23
 def budget(
     model: nn.Module,
     optimizer: torch.optim.Optimizer | None = None,
@@ -47,7 +47,7 @@ def budget(
     return {part: {str(d).removeprefix("torch."): size(*(t for t in ts if t.dtype == d)) for d in sorted({t.dtype for t in ts}, key=str)}
             for part, ts in tensors.items()}
 
-# %% ../../nbs/timing/42_memory.ipynb #312b4d0b
+# %% ../../nbs/timing/42_memory.ipynb #d1870081
 @dataclass(frozen=True)
 class Piece:
     """A memory and who asked for it."""
@@ -65,7 +65,7 @@ class _Names(TorchFunctionMode):
         try: return func(*args, **(kwargs or {}))
         finally: self.now = before
 
-# %% ../../nbs/timing/42_memory.ipynb #0c4c879d
+# %% ../../nbs/timing/42_memory.ipynb #0f0335d5
 def saved(
     f: Callable[[], Any],  # a forward pass
     *own: nn.Module | Tensor,  # what is there anyway: the model, the batch
@@ -80,7 +80,7 @@ def saved(
     with _Names() as names, saved_tensors_hooks(pack, lambda t: t): f()
     return [piece for piece, _ in found.values()]
 
-# %% ../../nbs/timing/42_memory.ipynb #13d8564d
+# %% ../../nbs/timing/42_memory.ipynb #17c348d8
 def total(pieces: Sequence[Piece]) -> int:
     """Bytes of all."""
     return sum(p.bytes for p in pieces)
@@ -96,7 +96,7 @@ def table(
     rest = [f"{total(pieces) - sum(n for _, n in by.most_common(rows)):12,}  the rest"] if len(by) > rows else []
     return "\n".join([*lines, *rest, f"{total(pieces):12,}  bytes in all"])
 
-# %% ../../nbs/timing/42_memory.ipynb #a0e3eb23
+# %% ../../nbs/timing/42_memory.ipynb #b7c5afcc
 class Watch(TorchDispatchMode):
     """Memory born while this is open: `bytes` after each event, from 0; `born`; `log` of births i and deaths ~i; `marks` of phases."""
     opened: list["Watch"] = []
@@ -114,7 +114,7 @@ class Watch(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         for t in tree_leaves(out):
             if isinstance(t, Tensor) and place(t) not in old and place(t) not in self.alive:
-                self.born.append(Piece(func.overloadpacket.__name__, tuple(t.shape), t.dtype, size(t)))
+                self.born.append(Piece(getattr(func, "overloadpacket", func).__name__, tuple(t.shape), t.dtype, size(t)))
                 self._note(place(t), len(self.born) - 1)
                 weakref.finalize(t.untyped_storage(), self._note, place(t), ~len(self.born) + 1).atexit = False
         return out
@@ -131,7 +131,7 @@ class Watch(TorchDispatchMode):
         self.opened.remove(self)
         super().__exit__(*error)
 
-# %% ../../nbs/timing/42_memory.ipynb #f533ff95
+# %% ../../nbs/timing/42_memory.ipynb #06b796c7
 def mark(
     name: str,  # of the phase that begins
 ) -> None:
@@ -144,7 +144,7 @@ def at_peak(watch: Watch) -> dict[int, Piece]:  # number of the birth: piece
     dead = {~i for i in log if i < 0}
     return {i: watch.born[i] for i in log if i >= 0 and i not in dead}
 
-# %% ../../nbs/timing/42_memory.ipynb #ef747b14
+# %% ../../nbs/timing/42_memory.ipynb #34d99c34
 def peak(
     f: Callable[[], Any],
     device: str = "cpu",
@@ -163,7 +163,7 @@ def peak(
     events = sorted((e.start_ns(), e.nbytes()) for e in p.profiler.kineto_results.events() if e.name() == "[memory]")
     return max(accumulate((n for _, n in events), initial=0))
 
-# %% ../../nbs/timing/42_memory.ipynb #21437fa6
+# %% ../../nbs/timing/42_memory.ipynb #9e643cdd
 class _Answers(TorchDispatchMode):
     "What a ghost says when it is asked for its number."
 
@@ -187,7 +187,7 @@ def rehearse(
         with Watch() as watch: step()
     return watch
 
-# %% ../../nbs/timing/42_memory.ipynb #64922fd3
+# %% ../../nbs/timing/42_memory.ipynb #0bde6b6f
 class _Keep(torch.autograd.Function):
     "A node that does nothing but hold tensors."
 
@@ -201,7 +201,7 @@ class _Enough(Exception):
 
 _HERE = object()  # stands for a tensor among the arguments
 
-# %% ../../nbs/timing/42_memory.ipynb #18392ed8
+# %% ../../nbs/timing/42_memory.ipynb #8fda6894
 def _dice() -> tuple[Tensor, list[Tensor]]:
     "The states of the random generators."
     return torch.get_rng_state(), torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
@@ -220,7 +220,7 @@ def _precision() -> list[torch.autocast]:
     kinds, cached = ("cpu", "cuda")[:1 + torch.cuda.is_available()], torch.is_autocast_cache_enabled()
     return [torch.autocast(d, torch.get_autocast_dtype(d), torch.is_autocast_enabled(d), cached) for d in kinds]
 
-# %% ../../nbs/timing/42_memory.ipynb #392de17a
+# %% ../../nbs/timing/42_memory.ipynb #a525288a
 class _Segment:
     "A call that is made again when the backward pass asks what it kept."
 
@@ -260,7 +260,7 @@ class _Segment:
 _OTHER = "the checkpointed call did something else when it was made again: it must depend on its arguments and torch's chance alone"
 _CHANGED = "a tensor that the checkpointed call needs for its gradient was changed in place afterwards: use the form that makes a copy"
 
-# %% ../../nbs/timing/42_memory.ipynb #a909676f
+# %% ../../nbs/timing/42_memory.ipynb #e80b8c0d
 def checkpointed(
     f: Callable[..., Any],  # a module or function, the same each time but for torch's chance
     *args: Any,
@@ -271,7 +271,7 @@ def checkpointed(
     segment = _Segment(f, args, kwargs)
     with saved_tensors_hooks(segment.pack, segment.unpack): return f(*args, **kwargs)
 
-# %% ../../nbs/timing/42_memory.ipynb #50fdaf79
+# %% ../../nbs/timing/42_memory.ipynb #f9706404
 def in_segments(
     layers: Sequence[Callable[[Any], Any]],
     k: int,  # segments, of nearly equal length
@@ -291,7 +291,7 @@ def worst(
     """Kept when a segment has been run again: one inside, the inputs of the others."""
     return (k - 1) * e + -(-L // k) * a
 
-# %% ../../nbs/timing/42_memory.ipynb #c41e3436
+# %% ../../nbs/timing/42_memory.ipynb #a2d566da
 def longest(
     need: Callable[[int], int],  # bytes for a length; must not fall
     budget: int,  # bytes
