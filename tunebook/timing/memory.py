@@ -6,7 +6,7 @@
 __all__ = ['place', 'size', 'budget', 'Piece', 'saved', 'total', 'table', 'Watch', 'mark', 'at_peak', 'peak', 'rehearse',
            'checkpointed', 'in_segments', 'worst', 'longest']
 
-# %% ../../nbs/timing/42_memory.ipynb #f06c5cd0
+# %% ../../nbs/timing/42_memory.ipynb #656fcf3f
 import gc
 import weakref
 from collections import Counter
@@ -25,7 +25,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
-# %% ../../nbs/timing/42_memory.ipynb #a7a9b312
+# %% ../../nbs/timing/42_memory.ipynb #ac41808f
 def place(t: Tensor) -> int:
     """Which memory a tensor lies in: views and tied weights share one."""
     return t.untyped_storage()._cdata
@@ -34,7 +34,7 @@ def size(*tensors: Tensor) -> int:  # bytes
     """The memory behind tensors, each counted once."""
     return sum({place(t): t.untyped_storage().nbytes() for t in tensors}.values())
 
-# %% ../../nbs/timing/42_memory.ipynb #1d61fb23
+# %% ../../nbs/timing/42_memory.ipynb #04bff77d
 def budget(
     model: nn.Module,
     optimizer: torch.optim.Optimizer | None = None,
@@ -47,7 +47,7 @@ def budget(
     return {part: {str(d).removeprefix("torch."): size(*(t for t in ts if t.dtype == d)) for d in sorted({t.dtype for t in ts}, key=str)}
             for part, ts in tensors.items()}
 
-# %% ../../nbs/timing/42_memory.ipynb #d1870081
+# %% ../../nbs/timing/42_memory.ipynb #bb52d6a7
 @dataclass(frozen=True)
 class Piece:
     """A memory and who asked for it."""
@@ -65,7 +65,7 @@ class _Names(TorchFunctionMode):
         try: return func(*args, **(kwargs or {}))
         finally: self.now = before
 
-# %% ../../nbs/timing/42_memory.ipynb #0f0335d5
+# %% ../../nbs/timing/42_memory.ipynb #8e3dd57e
 def saved(
     f: Callable[[], Any],  # a forward pass
     *own: nn.Module | Tensor,  # what is there anyway: the model, the batch
@@ -80,7 +80,7 @@ def saved(
     with _Names() as names, saved_tensors_hooks(pack, lambda t: t): f()
     return [piece for piece, _ in found.values()]
 
-# %% ../../nbs/timing/42_memory.ipynb #17c348d8
+# %% ../../nbs/timing/42_memory.ipynb #014a816b
 def total(pieces: Sequence[Piece]) -> int:
     """Bytes of all."""
     return sum(p.bytes for p in pieces)
@@ -96,7 +96,7 @@ def table(
     rest = [f"{total(pieces) - sum(n for _, n in by.most_common(rows)):12,}  the rest"] if len(by) > rows else []
     return "\n".join([*lines, *rest, f"{total(pieces):12,}  bytes in all"])
 
-# %% ../../nbs/timing/42_memory.ipynb #b7c5afcc
+# %% ../../nbs/timing/42_memory.ipynb #615f69c5
 class Watch(TorchDispatchMode):
     """Memory born while this is open: `bytes` after each event, from 0; `born`; `log` of births i and deaths ~i; `marks` of phases."""
     opened: list["Watch"] = []
@@ -106,7 +106,11 @@ class Watch(TorchDispatchMode):
         self.born: list[Piece] = []
         self.log: list[int] = []
         self.bytes, self.marks, self.alive = [0], {}, {}  # alive: place: number of its birth
+
+    def __enter__(self) -> "Watch":
+        """Begin to look."""
         self.opened.append(self)
+        return super().__enter__()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         """Run an operator and note the memory that is new in its results."""
@@ -131,7 +135,7 @@ class Watch(TorchDispatchMode):
         self.opened.remove(self)
         super().__exit__(*error)
 
-# %% ../../nbs/timing/42_memory.ipynb #06b796c7
+# %% ../../nbs/timing/42_memory.ipynb #35f43bf7
 def mark(
     name: str,  # of the phase that begins
 ) -> None:
@@ -144,7 +148,7 @@ def at_peak(watch: Watch) -> dict[int, Piece]:  # number of the birth: piece
     dead = {~i for i in log if i < 0}
     return {i: watch.born[i] for i in log if i >= 0 and i not in dead}
 
-# %% ../../nbs/timing/42_memory.ipynb #34d99c34
+# %% ../../nbs/timing/42_memory.ipynb #f5594c0f
 def peak(
     f: Callable[[], Any],
     device: str = "cpu",
@@ -159,11 +163,12 @@ def peak(
     gc.disable()  # else old garbage may go meanwhile, and the number is one of chance
     try:
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as p: f()
-    finally: gc.enable() if collects else None
+    finally:
+        if collects: gc.enable()
     events = sorted((e.start_ns(), e.nbytes()) for e in p.profiler.kineto_results.events() if e.name() == "[memory]")
     return max(accumulate((n for _, n in events), initial=0))
 
-# %% ../../nbs/timing/42_memory.ipynb #9e643cdd
+# %% ../../nbs/timing/42_memory.ipynb #922cdc6c
 class _Answers(TorchDispatchMode):
     "What a ghost says when it is asked for its number."
 
@@ -187,7 +192,7 @@ def rehearse(
         with Watch() as watch: step()
     return watch
 
-# %% ../../nbs/timing/42_memory.ipynb #0bde6b6f
+# %% ../../nbs/timing/42_memory.ipynb #f6ed6740
 class _Keep(torch.autograd.Function):
     "A node that does nothing but hold tensors."
 
@@ -201,7 +206,7 @@ class _Enough(Exception):
 
 _HERE = object()  # stands for a tensor among the arguments
 
-# %% ../../nbs/timing/42_memory.ipynb #8fda6894
+# %% ../../nbs/timing/42_memory.ipynb #4e09aa05
 def _dice() -> tuple[Tensor, list[Tensor]]:
     "The states of the random generators."
     return torch.get_rng_state(), torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
@@ -220,7 +225,7 @@ def _precision() -> list[torch.autocast]:
     kinds, cached = ("cpu", "cuda")[:1 + torch.cuda.is_available()], torch.is_autocast_cache_enabled()
     return [torch.autocast(d, torch.get_autocast_dtype(d), torch.is_autocast_enabled(d), cached) for d in kinds]
 
-# %% ../../nbs/timing/42_memory.ipynb #a525288a
+# %% ../../nbs/timing/42_memory.ipynb #47d002ef
 class _Segment:
     "A call that is made again when the backward pass asks what it kept."
 
@@ -260,7 +265,7 @@ class _Segment:
 _OTHER = "the checkpointed call did something else when it was made again: it must depend on its arguments and torch's chance alone"
 _CHANGED = "a tensor that the checkpointed call needs for its gradient was changed in place afterwards: use the form that makes a copy"
 
-# %% ../../nbs/timing/42_memory.ipynb #e80b8c0d
+# %% ../../nbs/timing/42_memory.ipynb #24bc8c15
 def checkpointed(
     f: Callable[..., Any],  # a module or function, the same each time but for torch's chance
     *args: Any,
@@ -271,7 +276,7 @@ def checkpointed(
     segment = _Segment(f, args, kwargs)
     with saved_tensors_hooks(segment.pack, segment.unpack): return f(*args, **kwargs)
 
-# %% ../../nbs/timing/42_memory.ipynb #f9706404
+# %% ../../nbs/timing/42_memory.ipynb #80947874
 def in_segments(
     layers: Sequence[Callable[[Any], Any]],
     k: int,  # segments, of nearly equal length
@@ -291,7 +296,7 @@ def worst(
     """Kept when a segment has been run again: one inside, the inputs of the others."""
     return (k - 1) * e + -(-L // k) * a
 
-# %% ../../nbs/timing/42_memory.ipynb #a2d566da
+# %% ../../nbs/timing/42_memory.ipynb #c961dd6f
 def longest(
     need: Callable[[int], int],  # bytes for a length; must not fall
     budget: int,  # bytes
