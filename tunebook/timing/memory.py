@@ -118,9 +118,10 @@ class Watch(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         for t in tree_leaves(out):
             if isinstance(t, Tensor) and place(t) not in old and place(t) not in self.alive:
+                i = len(self.born)
                 self.born.append(Piece(getattr(func, "overloadpacket", func).__name__, tuple(t.shape), t.dtype, size(t)))
-                self._note(place(t), len(self.born) - 1)
-                weakref.finalize(t.untyped_storage(), self._note, place(t), ~len(self.born) + 1).atexit = False
+                self._note(place(t), i)
+                weakref.finalize(t.untyped_storage(), self._note, place(t), ~i).atexit = False
         return out
 
     def _note(self, at: int, i: int) -> None:
