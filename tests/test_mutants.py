@@ -165,6 +165,13 @@ MUTANTS = {  # name: (chapter, right, wrong)
     "interval too narrow": ("kit/01_ledger", "t.ppf(0.5 + level / 2, n - 1)", "t.ppf(0.5 + level / 2, 1000)"),
     "digest not compared": ("kit/02_ladder", "if (got := sha256(path)) != expected:", "if (got := sha256(path)) == 'never':"),
     "another seed in the shipped set": ("kit/03_data", "seed: int = 0,  # the shipped", "seed: int = 1,  # the shipped"),
+    "a memory counted for each view": ("timing/42_memory", "return sum({place(t): t.untyped_storage().nbytes() for t in tensors}.values())",
+                                       "return sum(t.untyped_storage().nbytes() for t in tensors)"),
+    "the model's own weights kept": ("timing/42_memory", "if place(t) not in before and place(t) not in found:",
+                                     "if place(t) not in found:"),
+    "what dies stays on the timeline": ("timing/42_memory", "-self.born[~i].bytes", "0"),
+    "other dice the second time": ("timing/42_memory", "torch.set_rng_state(dice[0])", "pass"),
+    "a shorter last segment": ("timing/42_memory", "-(-L // k) * a", "L // k * a"),
 }
 UNTOUCHED = ("entropy/21_xent", "def log_softmax(", "def log_softmax(")
 
