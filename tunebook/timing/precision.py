@@ -81,10 +81,10 @@ def spacing(
     return ((exponent - fmt.mantissa + FP64.bias) << FP64.mantissa).view(torch.float64)
 
 # %% ../../nbs/timing/43_precision.ipynb #212c537a
-def _ends(y: Tensor, fmt: Format) -> Tensor:
-    "What lies beyond the largest number becomes infinity, or the largest where there is none."
+def _ends(y: Tensor, fmt: Format, dtype: torch.dtype) -> Tensor:
+    "Beyond the largest number infinity, or the largest where there is none; in float64 if dtype is, else in float32."
     beyond = torch.full_like(y, fmt.largest if fmt.finite else math.inf).copysign(y)
-    return torch.where(y.abs() > fmt.largest, beyond, y)
+    return torch.where(y.abs() > fmt.largest, beyond, y).to(dtype if dtype == torch.float64 else torch.float32)
 
 def rounded(
     x: Tensor,
@@ -92,7 +92,7 @@ def rounded(
 ) -> Tensor:  # values of the format, in float32, or in float64 if x is
     """Round to nearest, ties to even, with subnormals, overflow and NaN: IEEE 754 (2019), section 4.3.1; E4M3 saturates, as in PyTorch."""
     step = spacing(x, fmt)
-    return _ends((x.double() / step).round() * step, fmt).to(torch.promote_types(x.dtype, torch.float32))
+    return _ends((x.double() / step).round() * step, fmt, x.dtype)
 
 # %% ../../nbs/timing/43_precision.ipynb #99ab7957
 def stochastic(
@@ -105,7 +105,7 @@ def stochastic(
     count = x.double() / step
     below = count.floor()
     up = torch.rand(x.shape, generator=generator, dtype=torch.float64, device=x.device) < count - below
-    return _ends(((below + up) * step).copysign(x), fmt).to(torch.promote_types(x.dtype, torch.float32))
+    return _ends(((below + up) * step).copysign(count), fmt, x.dtype)
 
 # %% ../../nbs/timing/43_precision.ipynb #41c46bf2
 def stops(
