@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['Clock', 'WORK', 'resolution', 'Simulated', 'block', 'calls_for', 'warm_up', 'Refused', 'Sampler', 'sampler',
            'event_clock', 'clock_of', 'evictor', 'graphed', 'provenance', 'duration', 'Timing', 'table', 'bench',
-           'demand_equal', 'Roof', 'roof', 'within', 'signed_rank', 'Comparison', 'interleave', 'compare', 'save',
-           'load', 'draw', 'draw_times', 'Calibration', 'calibrate', 'time_set', 'versus', 'cmd_time']
+           'demand_equal', 'Roof', 'roof', 'within', 'signed_rank', 'judged', 'Comparison', 'interleave', 'compare',
+           'save', 'load', 'draw', 'draw_times', 'Calibration', 'calibrate', 'time_set', 'versus', 'cmd_time']
 
 # %% ../../nbs/timing/40_clock.ipynb #5fb4096a
 import argparse
@@ -87,7 +87,7 @@ def block(
     for _ in todo: call()
     return clock() - start
 
-# %% ../../nbs/timing/40_clock.ipynb #ac64f95e
+# %% ../../nbs/timing/40_clock.ipynb #7291537f
 def calls_for(
     call: Callable[[], Any],
     clock: Clock,
@@ -98,6 +98,7 @@ def calls_for(
     while block(call, n, clock) < length: n *= 2
     return n
 
+# %% ../../nbs/timing/40_clock.ipynb #ac64f95e
 def warm_up(
     call: Callable[[], Any],
     clock: Clock,
@@ -130,9 +131,6 @@ class Sampler:
         return max(block(self.call, self.n, self.clock) - self.empty, 1) / self.n / 1e9
 
 # %% ../../nbs/timing/40_clock.ipynb #1b863a0f
-def _nothing(*args: Any) -> None:
-    "What a call costs."
-
 def sampler(
     f: Callable[..., Any],
     args: Sequence[Any],
@@ -146,7 +144,7 @@ def sampler(
     if before: before()
     warm_up(call, clock, int(limit))
     n = 1 if before else calls_for(call, clock, max(int(length), 100 * resolution(clock)))
-    empty = statistics.median(block(partial(_nothing, *args), n, clock) for _ in range(9))
+    empty = statistics.median(block(gc.isenabled, n, clock) for _ in range(9))  # the cheapest call there is
     if min(block(call, n, clock) for _ in range(3)) < 2 * empty:
         raise Refused("expected a call that takes longer than an empty one, this does not: time a loop of it")
     return Sampler(call, clock, n, empty, before)
@@ -184,6 +182,7 @@ def evictor(
     size = size or (2 * torch.cuda.get_device_properties(device).L2_cache_size if device.startswith("cuda") else 2**26)
     return partial(torch.zeros(size, dtype=torch.uint8, device=device).add_, 1)
 
+# %% ../../nbs/timing/40_clock.ipynb #c317f0f1
 def graphed(
     f: Callable[..., Any],
     *args: Any,  # tensors; the graph reads them where they are now
@@ -223,6 +222,7 @@ def duration(
     unit, scale = next(((u, s) for u, s in (("s", 1), ("ms", 1e-3), ("us", 1e-6)) if seconds >= s), ("ns", 1e-9))
     return f"{seconds / scale:.3g} {unit}"
 
+# %% ../../nbs/timing/40_clock.ipynb #15783dfe
 @dataclass
 class Timing:
     """Samples of the time of one call."""
@@ -248,9 +248,9 @@ class Timing:
         return statistics.median(self.seconds)
 
     def __repr__(self) -> str:
-        """One line, with its kind."""
+        """Median, the range of nine samples in ten, and the kind."""
         low, high = (duration(self.percentile(q)) for q in (5, 95))
-        return f"{self.name}: {duration(self.median)} ({low} to {high} in 90 % of {len(self.seconds)}), {self.kind}"
+        return f"{self.name}: {duration(self.median)} ({low} to {high}, {len(self.seconds)} samples), {self.kind}"
 
 # %% ../../nbs/timing/40_clock.ipynb #0c6ef172
 def table(
@@ -272,13 +272,18 @@ def _calm() -> Iterator[None]:
     finally:
         if was: gc.enable()
 
-def _setting(clock: Clock | None, device: str | None, args: Sequence[Any]) -> tuple[Clock, str, dict[str, str]]:
-    "Clock, kind and provenance: of a given clock, or of the device the arguments live on."
-    device = device or next((str(a.device) for a in args if isinstance(a, Tensor)), "cpu")
+# %% ../../nbs/timing/40_clock.ipynb #5dbc2158
+def _home(args: Sequence[Any]) -> str:
+    "The device of the first tensor."
+    return next((str(a.device) for a in args if isinstance(a, Tensor)), "cpu")
+
+def _setting(clock: Clock | None, device: str) -> tuple[Clock, str, dict[str, str]]:
+    "Clock, kind and provenance: only a clock of the module time, or the device's own, measures."
     name, own = clock_of(device) if clock is None else (getattr(clock, "__name__", "simulated"), clock)
-    if getattr(own, "__module__", "") == "time" or clock is None: return own, "measured here", provenance(device, name)
+    if clock is None or getattr(clock, "__module__", "") == "time": return own, "measured here", provenance(device, name)
     return own, "simulated", {"device": "a simulated clock", "clock": "simulated"}
 
+# %% ../../nbs/timing/40_clock.ipynb #e34ca374
 def bench(
     f: Callable[..., Any],
     *args: Any,  # of f
@@ -291,13 +296,14 @@ def bench(
     **work: Any,  # flops=, nbytes=, roof=: see `within`
 ) -> Timing:
     """Times of f(*args): warm, in blocks long enough for the clock, overhead subtracted; refuses rates above the roof."""
-    clock, kind, where = _setting(clock, device, args)
+    device = device or _home(args)
+    clock, kind, where = _setting(clock, device)
     with _calm():
         s, taken = sampler(f, args, clock, seconds * 1e9 / most, seconds * 5e8, before), []
         end = clock() + seconds * 1e9
         while len(taken) < 5 or (len(taken) < most and clock() < end): taken.append(s())
-    timing = Timing(name or getattr(f, "__name__", "call"), taken, kind, where | {"calls a sample": str(s.n)})
-    if work: within(timing, device=device or "cpu", **work)
+    timing = Timing(name or getattr(f, "__name__", type(f).__name__), taken, kind, where | {"calls a sample": str(s.n)})
+    if work: within(timing, device=device, **work)
     return timing
 
 # %% ../../nbs/timing/40_clock.ipynb #43b4e652
@@ -307,6 +313,7 @@ def _leaves(out: Any) -> list[Any]:
     if isinstance(out, (list, tuple)): return [leaf for part in out for leaf in _leaves(part)]
     return [out.detach().clone() if isinstance(out, Tensor) else out]
 
+# %% ../../nbs/timing/40_clock.ipynb #a00de8e7
 def demand_equal(
     f: Callable[..., Any],
     g: Callable[..., Any],
@@ -328,6 +335,7 @@ def _fastest(f: Callable[..., Any], *args: Any) -> float:
     "Seconds of the fastest sample in a tenth of a second."
     return min(bench(f, *args, seconds=0.1, most=200).seconds)
 
+# %% ../../nbs/timing/40_clock.ipynb #bf47ecb4
 @cache
 def _peaks(device: str, threads: int, size: int, again: int) -> tuple[float, float]:
     "FLOP/s of the fastest matrix product, and bytes/s of the fastest copy, triad or sum of so many bytes."
@@ -337,6 +345,7 @@ def _peaks(device: str, threads: int, size: int, again: int) -> tuple[float, flo
     moves = (_fastest(b.copy_, a), _fastest(partial(torch.add, out=c), a, b) * 2 / 3, _fastest(torch.sum, a) * 2)
     return 2 * n**3 / min(_fastest(torch.mm, p, p) for p in products), size / min(moves)
 
+# %% ../../nbs/timing/40_clock.ipynb #fe7b4867
 @dataclass(frozen=True)
 class Roof:
     """What a device can do at most, in a second."""
@@ -379,6 +388,7 @@ def _cut(n: int, level: float) -> int:
     for rank in range(1, n + 1): p[rank:] = p[rank:] + p[:-rank]
     return int((p.cumsum(0) / 2.0**n <= (1 - level) / 2).sum())
 
+# %% ../../nbs/timing/40_clock.ipynb #0ccf42ba
 def signed_rank(
     logs: Tensor,  # (..., R) log ratios, whose errors have the signs of fair coins
     level: float = 0.95,
@@ -391,30 +401,38 @@ def signed_rank(
     return (w[..., (w.shape[-1] - 1) // 2] + w[..., w.shape[-1] // 2]) / 2, w[..., k - 1], w[..., -k]
 
 # %% ../../nbs/timing/40_clock.ipynb #464d6c27
+def judged(
+    low: float,  # of the interval of the ratio
+    high: float,
+    floor: float,  # what the run saw between equal calls, relative
+    effect: float = 0.01,  # smallest difference that matters
+) -> str:
+    """faster, slower, no difference detected, or undecided."""
+    far = 1 + max(effect, floor)
+    if high < 1 / far: return "faster"
+    if low > far: return "slower"
+    return "no difference detected" if 1 / (1 + effect) <= low and high <= 1 + effect else "undecided"
+
+# %% ../../nbs/timing/40_clock.ipynb #97c96883
 @dataclass
 class Comparison:
     """Times of f over times of g, from rounds of two samples each in the order of a coin."""
     f: Timing
     g: Timing
     effect: float = 0.01  # smallest difference that matters
-    level: float = 0.95
 
     def __post_init__(self) -> None:
-        """Ratio, interval and floor."""
+        """Ratio, interval, floor and verdict; refuses timings that did not take turns."""
+        turns = self.f.where.get("turns")
+        if not turns or turns != self.g.where.get("turns") or len(self.f.seconds) != len(self.g.seconds):
+            raise Refused(f"{self.f.name} and {self.g.name} did not take turns, so the load is in their ratio: use compare")
         f, g = (torch.tensor(t.seconds, dtype=torch.float64).log().view(-1, 2) for t in (self.f, self.g))
-        coins = torch.tensor([random.Random(0).choices((-1.0, 1.0), k=2 * len(f))]).view(-1, 2)
         self.logs = f.mean(1) - g.mean(1)  # (R,)
-        self.ratio, self.low, self.high = (float(v.exp()) for v in signed_rank(self.logs, self.level))
-        same = (coins * torch.stack([f[:, 0] - f[:, 1], g[:, 0] - g[:, 1]], 1)).mean(1)
-        self.floor = max(math.expm1(abs(float(v))) for v in signed_rank(same, self.level)[1:])
-
-    @property
-    def verdict(self) -> str:
-        """Of f against g: faster, slower, no difference detected, or undecided."""
-        zone, floor = 1 + self.effect, 1 + max(self.effect, self.floor)
-        if self.high < 1 / floor: return "faster"
-        if self.low > floor: return "slower"
-        return "no difference detected" if 1 / zone <= self.low and self.high <= zone else "undecided"
+        self.ratio, self.low, self.high = (float(v.exp()) for v in signed_rank(self.logs))
+        coins = torch.tensor(random.Random(0).choices((-1.0, 1.0), k=2 * len(f))).view(2, -1)
+        same = (coins[0] * (f[:, 0] - f[:, 1]) + coins[1] * (g[:, 0] - g[:, 1])) / 2
+        self.floor = max(math.expm1(abs(float(v))) for v in signed_rank(same)[1:])
+        self.verdict = judged(self.low, self.high, self.floor, self.effect)
 
     def __repr__(self) -> str:
         """A table and the verdict."""
@@ -453,14 +471,16 @@ def compare(
 ) -> Comparison:
     """Is f faster than g? Refuses unequal outputs and rates above the roof."""
     demand_equal(f, g, args, check)
-    clock, kind, where = _setting(clock, device, args)
+    device = device or _home(args)
+    clock, kind, where = _setting(clock, device)
     with _calm():
         pair = [sampler(h, args, clock, seconds * 1e9 / (4 * most), seconds * 2.5e8, before) for h in (f, g)]
         end = clock() + seconds * 1e9
         drawn = interleave(*pair, lambda rounds: rounds < 8 or (rounds < most and clock() < end), seed)
-    names = names or tuple(getattr(h, "__name__", f"call {i}") for i, h in enumerate((f, g)))
+    names = names or tuple(getattr(h, "__name__", type(h).__name__) for h in (f, g))
+    where |= {"turns": " and ".join(names)}
     timings = [Timing(n, t, kind, where | {"calls a sample": str(s.n)}) for n, t, s in zip(names, drawn, pair)]
-    if work: [within(t, device=device or "cpu", **work) for t in timings]
+    if work: [within(t, device=device, **work) for t in timings]
     return Comparison(*timings, effect=effect)
 
 # %% ../../nbs/timing/40_clock.ipynb #569804d2
@@ -476,16 +496,17 @@ def save(
     from tunebook.kit.run import write_atomic
     write_atomic(path, json.dumps([asdict(t) | {"sha256": _digest(asdict(t))} for t in timings], indent=1))
 
+# %% ../../nbs/timing/40_clock.ipynb #b98a2cf2
 def load(
     path: str | Path,
 ) -> list[Timing]:
     """Timings from a file, as recorded on their device; raises ValueError when anything was changed."""
-    timings = []
-    for record in json.loads(Path(path).read_text(encoding="utf-8")):
-        if record.pop("sha256", None) != _digest(record): raise ValueError(f"{path}: {record.get('name')} was changed: measure it again")
-        if record["kind"] == "measured here": record["kind"] = f"recorded on {record['where']['device']}"
-        timings.append(Timing(**record))
-    return timings
+    try: records = [(r, r.pop("sha256", "")) for r in json.loads(Path(path).read_text(encoding="utf-8"))]
+    except (ValueError, TypeError, AttributeError): raise ValueError(f"{path} is not a file of timings: write one with save") from None
+    for r, told in records:
+        if told != _digest(r): raise ValueError(f"{path}: {r.get('name')} was changed after it was measured: measure it again")
+        if r["kind"] == "measured here": r["kind"] = f"recorded on {r['where']['device']}"
+    return [Timing(**r) for r, _ in records]
 
 # %% ../../nbs/timing/40_clock.ipynb #8417054b
 def draw(
@@ -535,6 +556,7 @@ class Calibration:
                 f"noise floor {statistics.median(c.floor for c in self.turns):.1%}\n"
                 f"one median after the other: {wrong} differ by more than 1 %, the worst by {max(abs(r - 1) for r in self.alone):.0%}")
 
+# %% ../../nbs/timing/40_clock.ipynb #92d9c3ac
 def calibrate(
     f: Callable[..., Any],
     *args: Any,
@@ -555,6 +577,7 @@ def _copy(x: Tensor) -> Tensor: return x.clone()
 
 WORK = {"matmul": (_matmul, (512, 512)), "softmax": (_softmax, (256, 1000)), "copy": (_copy, (4_000_000,))}
 
+# %% ../../nbs/timing/40_clock.ipynb #e66461c4
 def time_set(
     names: Sequence[str] = tuple(WORK),
     device: str = "cpu",
@@ -601,10 +624,11 @@ def cmd_time(
         elif args.calibrate: print(calibrate(_matmul, torch.rand(128, 128, device=args.device), seconds=args.seconds))
         else:
             seen = time_set(args.names or tuple(WORK), args.device, args.seconds)
-            save(f"{args.out}.json", seen)
+            data, picture = (Path(args.out).with_suffix(s) for s in (".json", ".png"))
+            save(data, seen)
             fig, ax = figure()
             draw_times(ax, seen)
-            write_atomic(f"{args.out}.png", png(fig))
-            print(f"{table(seen)}\n{args.out}.json and {args.out}.png written")
-    except (ValueError, KeyError, TypeError, FileNotFoundError) as e: raise Problem(str(e)) from e
+            write_atomic(picture, png(fig))
+            print(f"{table(seen)}\n{data} and {picture} written")
+    except (ValueError, RuntimeError, FileNotFoundError) as e: raise Problem(str(e)) from e
     return 0
