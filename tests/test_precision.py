@@ -33,6 +33,7 @@ from tunebook.timing.precision import (
 )
 
 quick = settings(deadline=None, max_examples=100, derandomize=True)
+few = settings(quick, max_examples=30)
 DEVICES = ["cpu", "cuda"][: 1 + torch.cuda.is_available()]
 OF = {torch.float32: FP32, torch.bfloat16: BF16, torch.float16: FP16, torch.float8_e4m3fn: E4M3, torch.float8_e5m2: E5M2}
 SHORT = list(OF)[1:]
@@ -235,7 +236,7 @@ def test_stops_broadcasts():
     assert stops(w, torch.tensor(nan), BF16).any().item() is False
 
 
-@quick
+@few
 @given(seed=seeds, dtype=st.sampled_from([torch.bfloat16, torch.float16]))
 def test_kahan_keeps_what_is_lost(seed, dtype):
     g = torch.Generator().manual_seed(seed)
@@ -271,7 +272,7 @@ def test_parameters_may_be_changed_in_place():
 
 # Sums
 
-@quick
+@few
 @given(seed=seeds, n=st.integers(1, 60), dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]))
 def test_running_sums_are_torch_s(seed, n, dtype):
     x = torch.randn(3, n, generator=torch.Generator().manual_seed(seed)).to(dtype)
@@ -281,7 +282,7 @@ def test_running_sums_are_torch_s(seed, n, dtype):
         same(ours[:, k], total.double())
 
 
-@quick
+@few
 @given(seed=seeds, n=st.integers(1, 120), inputs=st.sampled_from(FORMATS[:6]), sums=st.sampled_from([FP32, TF32, FP16, BF16]))
 def test_dot_products_are_within_the_bound(seed, n, inputs, sums):
     g = torch.Generator().manual_seed(seed)
@@ -299,7 +300,7 @@ def test_the_bound_ends():
 
 # Loss scaling
 
-@quick
+@few
 @given(finite=st.lists(st.sampled_from([True, True, True, False]), min_size=1, max_size=30), start=st.floats(0, 126).map(lambda k: 2.0**k),
        growth=st.floats(1.01, 8), backoff=st.floats(0.1, 0.9), interval=st.integers(1, 5), bad=st.sampled_from([inf, -inf, nan]))
 def test_scale_weights_and_skips_are_gradscaler_s(finite, start, growth, backoff, interval, bad):
