@@ -399,16 +399,18 @@ ELSEWHERE = {
             "--set": {"nargs": 2, "action": "append", "default": [], "metavar": ("NAME", "VALUE"),
                       "help": "another setting of the recipe or the method"},
             "--out": {"metavar": "DIR", "help": "checkpoints and the adapter (default: _tune/METHOD-SEED)"}}),
-    "time": Elsewhere(
-        "tunebook.timing.clock:cmd_time", "Time a few calls and keep every sample, calibrate this machine, or compare two files.",
-        "tunebook time --calibrate", {
-            "names": {"nargs": "*", "metavar": "NAME", "help": "matmul, softmax, copy (default: all)"},
-            "--calibrate": {"action": "store_true", "help": "compare a call with itself: how far can this machine be trusted?"},
-            "--compare": {"nargs": 2, "metavar": ("A", "B"), "help": "ratios between two files of the same work, and what differs"},
-            "--seconds": {"type": float, "default": 0.5, "metavar": "S", "help": "of sampling for each (default: %(default)s)"},
-            "--device": {"default": "cpu", "help": "cpu or cuda (default: %(default)s)"},
-            "--out": {"default": "_time", "metavar": "FILE", "help": "writes FILE.json and FILE.png (default: %(default)s)"}}),
 }
+
+# %% ../../nbs/kit/08_cli.ipynb #c10c40a1
+ELSEWHERE["time"] = Elsewhere(
+    "tunebook.timing.clock:cmd_time", "Time a few calls and keep every sample, calibrate this machine, or compare two files.",
+    "tunebook time --calibrate", {
+        "names": {"nargs": "*", "metavar": "NAME", "help": "matmul, softmax, copy (default: all)"},
+        "--calibrate": {"action": "store_true", "help": "compare a call with itself: how far can this machine be trusted?"},
+        "--compare": {"nargs": 2, "metavar": ("A", "B"), "help": "ratios between two files of the same work, and what differs"},
+        "--seconds": {"type": float, "default": 0.5, "metavar": "S", "help": "of sampling for each (default: %(default)s)"},
+        "--device": {"default": "cpu", "help": "cpu or cuda (default: %(default)s)"},
+        "--out": {"default": "_time", "metavar": "FILE", "help": "writes FILE.json and FILE.png (default: %(default)s)"}})
 
 # %% ../../nbs/kit/08_cli.ipynb #63567925
 def _parser() -> argparse.ArgumentParser:

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['Clock', 'WORK', 'resolution', 'Simulated', 'block', 'calls_for', 'warm_up', 'Refused', 'Sampler', 'sampler',
            'event_clock', 'clock_of', 'evictor', 'graphed', 'provenance', 'duration', 'Timing', 'table', 'bench',
-           'demand_equal', 'Roof', 'roof', 'within', 'signed_rank', 'Comparison', 'interleave', 'compare', 'save',
-           'load', 'draw', 'draw_times', 'Calibration', 'calibrate', 'time_set', 'versus', 'cmd_time']
+           'demand_equal', 'Roof', 'roof', 'within', 'signed_rank', 'judged', 'Comparison', 'interleave', 'compare',
+           'save', 'load', 'draw', 'draw_times', 'Calibration', 'calibrate', 'time_set', 'versus', 'cmd_time']
 
 # %% ../../nbs/timing/40_clock.ipynb #5fb4096a
 import argparse
@@ -23,7 +23,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from functools import cache, partial
 from itertools import repeat
@@ -87,7 +87,7 @@ def block(
     for _ in todo: call()
     return clock() - start
 
-# %% ../../nbs/timing/40_clock.ipynb #ac64f95e
+# %% ../../nbs/timing/40_clock.ipynb #7291537f
 def calls_for(
     call: Callable[[], Any],
     clock: Clock,
@@ -95,9 +95,10 @@ def calls_for(
 ) -> int:  # calls of a block
     """The first power of two that fills a block."""
     n = 1
-    while block(call, n, clock) < length: n *= 2
+    while min(block(call, n, clock) for _ in range(3)) < length: n *= 2
     return n
 
+# %% ../../nbs/timing/40_clock.ipynb #ac64f95e
 def warm_up(
     call: Callable[[], Any],
     clock: Clock,
@@ -121,8 +122,11 @@ class Sampler:
     call: Callable[[], Any]
     clock: Clock
     n: int = 1  # calls of a block
-    empty: float = 0.0  # ns of a block that does nothing
     before: Callable[[], Any] | None = None
+
+    def __post_init__(self) -> None:
+        """Time a block that does nothing."""
+        self.empty = statistics.median(block(gc.isenabled, self.n, self.clock) for _ in range(9))
 
     def __call__(self) -> float:
         """One sample."""
@@ -138,15 +142,15 @@ def sampler(
     limit: float,  # ns of warm-up
     before: Callable[[], Any] | None = None,  # runs ahead of each sample, not timed
 ) -> Sampler:
-    """A warm call with its block and overhead; refuses what costs less than being called."""
+    """A warm call with its block; refuses what costs less than being called."""
     call = partial(f, *args)
     if before: before()
     warm_up(call, clock, int(limit))
     n = 1 if before else calls_for(call, clock, max(int(length), 100 * resolution(clock)))
-    empty = statistics.median(block(gc.isenabled, n, clock) for _ in range(9))  # the cheapest call there is
-    if min(block(call, n, clock) for _ in range(3)) < 2 * empty:
+    s = Sampler(call, clock, n, before)
+    if min(block(call, n, clock) for _ in range(3)) < 2 * s.empty:
         raise Refused("expected a call that takes longer than an empty one, this does not: time a loop of it")
-    return Sampler(call, clock, n, empty, before)
+    return s
 
 # %% ../../nbs/timing/40_clock.ipynb #9ed7ab8c
 def event_clock(
@@ -181,6 +185,7 @@ def evictor(
     size = size or (2 * torch.cuda.get_device_properties(device).L2_cache_size if device.startswith("cuda") else 2**26)
     return partial(torch.zeros(size, dtype=torch.uint8, device=device).add_, 1)
 
+# %% ../../nbs/timing/40_clock.ipynb #c317f0f1
 def graphed(
     f: Callable[..., Any],
     *args: Any,  # tensors; the graph reads them where they are now
@@ -220,6 +225,7 @@ def duration(
     unit, scale = next(((u, s) for u, s in (("s", 1), ("ms", 1e-3), ("us", 1e-6)) if seconds >= s), ("ns", 1e-9))
     return f"{seconds / scale:.3g} {unit}"
 
+# %% ../../nbs/timing/40_clock.ipynb #15783dfe
 @dataclass
 class Timing:
     """Samples of the time of one call."""
@@ -269,6 +275,7 @@ def _calm() -> Iterator[None]:
     finally:
         if was: gc.enable()
 
+# %% ../../nbs/timing/40_clock.ipynb #5dbc2158
 def _home(args: Sequence[Any]) -> str:
     "The device of the first tensor."
     return next((str(a.device) for a in args if isinstance(a, Tensor)), "cpu")
@@ -279,6 +286,7 @@ def _setting(clock: Clock | None, device: str) -> tuple[Clock, str, dict[str, st
     if clock is None or getattr(clock, "__module__", "") == "time": return own, "measured here", provenance(device, name)
     return own, "simulated", {"device": "a simulated clock", "clock": "simulated"}
 
+# %% ../../nbs/timing/40_clock.ipynb #e34ca374
 def bench(
     f: Callable[..., Any],
     *args: Any,  # of f
@@ -308,6 +316,7 @@ def _leaves(out: Any) -> list[Any]:
     if isinstance(out, (list, tuple)): return [leaf for part in out for leaf in _leaves(part)]
     return [out.detach().clone() if isinstance(out, Tensor) else out]
 
+# %% ../../nbs/timing/40_clock.ipynb #a00de8e7
 def demand_equal(
     f: Callable[..., Any],
     g: Callable[..., Any],
@@ -329,6 +338,7 @@ def _fastest(f: Callable[..., Any], *args: Any) -> float:
     "Seconds of the fastest sample in a tenth of a second."
     return min(bench(f, *args, seconds=0.1, most=200).seconds)
 
+# %% ../../nbs/timing/40_clock.ipynb #bf47ecb4
 @cache
 def _peaks(device: str, threads: int, size: int, again: int) -> tuple[float, float]:
     "FLOP/s of the fastest matrix product, and bytes/s of the fastest copy, triad or sum of so many bytes."
@@ -338,6 +348,7 @@ def _peaks(device: str, threads: int, size: int, again: int) -> tuple[float, flo
     moves = (_fastest(b.copy_, a), _fastest(partial(torch.add, out=c), a, b) * 2 / 3, _fastest(torch.sum, a) * 2)
     return 2 * n**3 / min(_fastest(torch.mm, p, p) for p in products), size / min(moves)
 
+# %% ../../nbs/timing/40_clock.ipynb #fe7b4867
 @dataclass(frozen=True)
 class Roof:
     """What a device can do at most, in a second."""
@@ -380,6 +391,7 @@ def _cut(n: int, level: float) -> int:
     for rank in range(1, n + 1): p[rank:] = p[rank:] + p[:-rank]
     return int((p.cumsum(0) / 2.0**n <= (1 - level) / 2).sum())
 
+# %% ../../nbs/timing/40_clock.ipynb #0ccf42ba
 def signed_rank(
     logs: Tensor,  # (..., R) log ratios, whose errors have the signs of fair coins
     level: float = 0.95,
@@ -392,33 +404,38 @@ def signed_rank(
     return (w[..., (w.shape[-1] - 1) // 2] + w[..., w.shape[-1] // 2]) / 2, w[..., k - 1], w[..., -k]
 
 # %% ../../nbs/timing/40_clock.ipynb #464d6c27
+def judged(
+    low: float,  # of the interval of the ratio
+    high: float,
+    floor: float,  # what the run saw between equal calls, relative
+    effect: float = 0.01,  # smallest difference that matters
+) -> str:
+    """faster, slower, no difference detected, or undecided."""
+    far = 1 + max(effect, floor)
+    if high < 1 / far: return "faster"
+    if low > far: return "slower"
+    return "no difference detected" if 1 / (1 + effect) <= low and high <= 1 + effect else "undecided"
+
+# %% ../../nbs/timing/40_clock.ipynb #97c96883
 @dataclass
 class Comparison:
     """Times of f over times of g, from rounds of two samples each in the order of a coin."""
     f: Timing
     g: Timing
     effect: float = 0.01  # smallest difference that matters
-    level: float = 0.95
 
     def __post_init__(self) -> None:
-        """Ratio, interval and floor; refuses timings that did not take turns."""
+        """Ratio, interval, floor and verdict; refuses timings that did not take turns."""
         turns = self.f.where.get("turns")
         if not turns or turns != self.g.where.get("turns") or len(self.f.seconds) != len(self.g.seconds):
             raise Refused(f"{self.f.name} and {self.g.name} did not take turns, so the load is in their ratio: use compare")
         f, g = (torch.tensor(t.seconds, dtype=torch.float64).log().view(-1, 2) for t in (self.f, self.g))
-        coins = torch.tensor([random.Random(0).choices((-1.0, 1.0), k=2 * len(f))]).view(-1, 2)
         self.logs = f.mean(1) - g.mean(1)  # (R,)
-        self.ratio, self.low, self.high = (float(v.exp()) for v in signed_rank(self.logs, self.level))
-        same = (coins * torch.stack([f[:, 0] - f[:, 1], g[:, 0] - g[:, 1]], 1)).mean(1)
-        self.floor = max(math.expm1(abs(float(v))) for v in signed_rank(same, self.level)[1:])
-
-    @property
-    def verdict(self) -> str:
-        """Of f against g: faster, slower, no difference detected, or undecided."""
-        zone, floor = 1 + self.effect, 1 + max(self.effect, self.floor)
-        if self.high < 1 / floor: return "faster"
-        if self.low > floor: return "slower"
-        return "no difference detected" if 1 / zone <= self.low and self.high <= zone else "undecided"
+        self.ratio, self.low, self.high = (float(v.exp()) for v in signed_rank(self.logs))
+        coins = torch.tensor(random.Random(0).choices((-1.0, 1.0), k=2 * len(f))).view(2, -1)
+        same = (coins[0] * (f[:, 0] - f[:, 1]) + coins[1] * (g[:, 0] - g[:, 1])) / 2
+        self.floor = max(math.expm1(abs(float(v))) for v in signed_rank(same)[1:])
+        self.verdict = judged(self.low, self.high, self.floor, self.effect)
 
     def __repr__(self) -> str:
         """A table and the verdict."""
@@ -461,6 +478,8 @@ def compare(
     clock, kind, where = _setting(clock, device)
     with _calm():
         pair = [sampler(h, args, clock, seconds * 1e9 / (4 * most), seconds * 2.5e8, before) for h in (f, g)]
+        n = max(s.n for s in pair)
+        if all(n <= 2 * s.n for s in pair): pair = [replace(s, n=n) for s in pair]  # like blocks for like calls
         end = clock() + seconds * 1e9
         drawn = interleave(*pair, lambda rounds: rounds < 8 or (rounds < most and clock() < end), seed)
     names = names or tuple(getattr(h, "__name__", type(h).__name__) for h in (f, g))
@@ -482,6 +501,7 @@ def save(
     from tunebook.kit.run import write_atomic
     write_atomic(path, json.dumps([asdict(t) | {"sha256": _digest(asdict(t))} for t in timings], indent=1))
 
+# %% ../../nbs/timing/40_clock.ipynb #b98a2cf2
 def load(
     path: str | Path,
 ) -> list[Timing]:
@@ -509,6 +529,11 @@ def draw(
     right.axhspan(c.low, c.high, color="#009E73", alpha=0.35, lw=0)
     right.plot(ratios, ".", ms=4, color="#000000")
     right.axhline(c.ratio, color="#009E73")
+    sides = ("bottom", "top") if c.ratio >= 1 else ("top", "bottom")
+    for y, told, color, side in ((c.ratio, f"{c.ratio:.3f}", "#007755", sides[0]), (1, f"± {c.effect:.0%}", "#777777", sides[1])):
+        right.annotate(told, (1.01, y), xycoords=("axes fraction", "data"), va=side, fontsize=9, color=color)
+    bottom, top = left.get_ylim()
+    left.set(ylim=(bottom, top + 0.25 * (top - bottom)))  # room for the names
     left.set(title="Every sample", xlabel="round", ylabel=f"time of a call ({unit}, {c.f.kind})")
     right.set(title=f"{c.f.name}: {c.verdict}", xlabel="round", ylabel=f"time over that of {c.g.name}")
 
@@ -541,6 +566,7 @@ class Calibration:
                 f"noise floor {statistics.median(c.floor for c in self.turns):.1%}\n"
                 f"one median after the other: {wrong} differ by more than 1 %, the worst by {max(abs(r - 1) for r in self.alone):.0%}")
 
+# %% ../../nbs/timing/40_clock.ipynb #92d9c3ac
 def calibrate(
     f: Callable[..., Any],
     *args: Any,
@@ -561,6 +587,7 @@ def _copy(x: Tensor) -> Tensor: return x.clone()
 
 WORK = {"matmul": (_matmul, (512, 512)), "softmax": (_softmax, (256, 1000)), "copy": (_copy, (4_000_000,))}
 
+# %% ../../nbs/timing/40_clock.ipynb #e66461c4
 def time_set(
     names: Sequence[str] = tuple(WORK),
     device: str = "cpu",
