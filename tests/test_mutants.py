@@ -152,6 +152,12 @@ MUTANTS = {  # name: (chapter, right, wrong)
     "interval too narrow": ("kit/01_ledger", "t.ppf(0.5 + level / 2, n - 1)", "t.ppf(0.5 + level / 2, 1000)"),
     "digest not compared": ("kit/02_ladder", "if (got := sha256(path)) != expected:", "if (got := sha256(path)) == 'never':"),
     "another seed in the shipped set": ("kit/03_data", "seed: int = 0,  # the shipped", "seed: int = 1,  # the shipped"),
+    "a multiply-add that counts as one": ("timing/41_roofline", "return 2 * a.numel() * (b.shape[-1]", "return a.numel() * (b.shape[-1]"),
+    "attention's scores not computed again": ("timing/41_roofline", "q.shape[-1] * (3 if back else 1)", "q.shape[-1] * (2 if back else 1)"),
+    "an unknown kernel counts as nothing": ("timing/41_roofline",
+                                            "STEPS.get(name, 1 if plain else None)", "STEPS.get(name, 1 if plain else 0)"),
+    "a row expanded is many rows": ("timing/41_roofline", "zip(t.shape, t.stride()) if step or not n)", "zip(t.shape, t.stride()))"),
+    "a layer whose rows move nothing": ("timing/41_roofline", "1 - half * (1 / E + 1 / F)", "1 - half * (1 / E)"),
 }
 UNTOUCHED = ("entropy/21_xent", "def log_softmax(", "def log_softmax(")
 
