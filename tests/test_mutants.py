@@ -157,7 +157,7 @@ MUTANTS = {  # name: (chapter, right, wrong)
     "an unknown kernel counts as nothing": ("timing/41_roofline",
                                             "STEPS.get(name, 1 if plain else None)", "STEPS.get(name, 1 if plain else 0)"),
     "a row expanded is many rows": ("timing/41_roofline", "zip(t.shape, t.stride()) if step or not n)", "zip(t.shape, t.stride()))"),
-    "a layer whose rows move nothing": ("timing/41_roofline", "1 - half * (1 / E + 1 / F)", "1 - half * (1 / E)"),
+    "a layer whose rows move nothing": ("timing/41_roofline", "1 - half * (1 / E + 1 / M)", "1 - half * (1 / E)"),
 }
 UNTOUCHED = ("entropy/21_xent", "def log_softmax(", "def log_softmax(")
 

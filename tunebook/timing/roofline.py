@@ -231,21 +231,21 @@ def ceiling(
 def layer_work(
     N: int,  # rows
     E: int,  # width in
-    F: int,  # width out
+    M: int,  # width out
     itemsize: int = 4,  # bytes of a number
 ) -> Work:
     """A linear layer without bias."""
-    return Work(2 * N * E * F, 0, itemsize * (E * F + N * E + N * F))
+    return Work(2 * N * E * M, 0, itemsize * (E * M + N * E + N * M))
 
 def batch_at_ridge(
     E: int,  # width in
-    F: int,  # width out
+    M: int,  # width out
     balance: float,  # the ridge, FLOPs a byte
     itemsize: int = 4,  # bytes of a number
 ) -> float:  # rows; infinite when the layer is memory-bound at every batch
     """Rows from which on a linear layer is bound by arithmetic."""
     half = itemsize * balance / 2
-    room = 1 - half * (1 / E + 1 / F)
+    room = 1 - half * (1 / E + 1 / M)
     return half / room if room > 0 else math.inf
 
 # %% ../../nbs/timing/41_roofline.ipynb #059539f9
@@ -321,4 +321,4 @@ def draw(
         ax.plot([p.work.intensity, p.least.intensity], [p.rate] * 2, "o-", ms=6, lw=1.5, color=color, mfc="white")
         ax.plot(p.work.intensity, p.rate, "o", ms=6, color=color)
     _label(ax, [p.timing.name for p in placed], [(p.least.intensity, p.rate) for p in placed], colors)
-    _roofs(ax, {"memory": top} | ({"cache": cache} if cache else {}), low, high)
+    _roofs(ax, {"memory": top} | ({"cache": Roof(top.flops, cache.nbytes)} if cache else {}), low, high)
