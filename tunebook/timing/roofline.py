@@ -192,28 +192,27 @@ class Counter(TorchDispatchMode):
             self.spans[_home(t), written] = min(low, _span(t)[0]), max(high, _span(t)[1]), total + _size(t)
 
 # %% ../../nbs/timing/41_roofline.ipynb #1b933d5d
-def _run(f: Callable[..., Any], args: Sequence[Any]) -> tuple[Counter, Any]:
-    "A call below a counter."
+def _works(f: Callable[..., Any], args: Sequence[Any]) -> tuple[Work, Work]:
+    "One call below a counter: each operator for itself, and at least."
     with Counter() as c: out = f(*args)
     if not c.nbytes: raise ValueError("expected a call that runs PyTorch's operators, got none: pass f, args, not compiled")
-    return c, out
+    results = {_home(t): _size(t) for t in _tensors(out) if _home(t) in c.made}
+    fewest = sum(min(high - low, n) for low, high, n in c.spans.values()) + sum(results.values())
+    return Work(c.products, c.others, c.nbytes), Work(c.products, c.others, int(fewest))
 
 def counted(
     f: Callable[..., Any],
     *args: Any,
 ) -> Work:
     """Work of a call, with the traffic of its operators: each reads its inputs and writes its outputs once."""
-    c, _ = _run(f, args)
-    return Work(c.products, c.others, c.nbytes)
+    return _works(f, args)[0]
 
 def least(
     f: Callable[..., Any],  # returns all its results
     *args: Any,
 ) -> Work:
     """Work of a call, with the traffic that no fusion avoids: inputs read once, results written once."""
-    c, out = _run(f, args)
-    results = {_home(t): _size(t) for t in _tensors(out) if _home(t) in c.made}
-    return Work(c.products, c.others, sum(min(high - low, n) for low, high, n in c.spans.values()) + sum(results.values()))
+    return _works(f, args)[1]
 
 # %% ../../nbs/timing/41_roofline.ipynb #1addce4d
 def ceiling(
@@ -278,7 +277,7 @@ def place(
     seconds: float = 0.05,  # to sample for
 ) -> Placed:
     """Count a call and time it."""
-    return Placed(counted(f, *args), least(f, *args), bench(f, *args, seconds=seconds, name=name))
+    return Placed(*_works(f, args), bench(f, *args, seconds=seconds, name=name))
 
 # %% ../../nbs/timing/41_roofline.ipynb #8ad4bfdc
 SHADES = {"memory": "#0072B2", "compute": "#D55E00"}
@@ -303,7 +302,7 @@ def _roofs(ax: Any, roofs: dict[str, Roof], low: float, high: float) -> None:
     top = next(iter(roofs.values()))
     ax.axvline(ridge(top), color="#bbbbbb", lw=1, ls="--", zorder=0)
     ax.text(1.1 * ridge(top), 1.1 * ax.get_ylim()[0], f"ridge {ridge(top):.1f}", color="#555555", fontsize=9, va="bottom")
-    ax.text(1.1 * ridge(top), 1.1 * top.flops, f"arithmetic, {top.flops / 1e9:,.0f} GFLOP/s", color="#555555", fontsize=9, va="bottom")
+    ax.text(high, 1.1 * top.flops, f"arithmetic, {top.flops / 1e9:,.0f} GFLOP/s", color="#555555", fontsize=9, va="bottom", ha="right")
 
 def draw(
     ax: Any,  # matplotlib Axes
