@@ -302,7 +302,7 @@ def _roofs(ax: Any, roofs: dict[str, Roof], low: float, high: float) -> None:
     top = next(iter(roofs.values()))
     ax.axvline(ridge(top), color="#bbbbbb", lw=1, ls="--", zorder=0)
     ax.text(1.1 * ridge(top), 1.1 * ax.get_ylim()[0], f"ridge {ridge(top):.1f}", color="#555555", fontsize=9, va="bottom")
-    ax.text(high, 1.1 * top.flops, f"arithmetic, {top.flops / 1e9:,.0f} GFLOP/s", color="#555555", fontsize=9, va="bottom", ha="right")
+    ax.text(ridge(top), 1.1 * top.flops, f"arithmetic, {top.flops / 1e9:,.0f} GFLOP/s", color="#555555", fontsize=9, ha="right")
 
 def draw(
     ax: Any,  # matplotlib Axes
