@@ -180,6 +180,12 @@ MUTANTS = {  # name: (chapter, right, wrong)
     "what dies stays on the timeline": ("timing/42_memory", "-self.born[~i].bytes", "0"),
     "other dice the second time": ("timing/42_memory", "torch.set_rng_state(dice[0])", "pass"),
     "a shorter last segment": ("timing/42_memory", "-(-L // k) * a", "L // k * a"),
+    "a multiply-add that counts as one": ("timing/41_roofline", "return 2 * a.numel() * (b.shape[-1]", "return a.numel() * (b.shape[-1]"),
+    "attention's scores not computed again": ("timing/41_roofline", "q.shape[-1] * (3 if back else 1)", "q.shape[-1] * (2 if back else 1)"),
+    "an unknown kernel counts as nothing": ("timing/41_roofline",
+                                            "STEPS.get(name, 1 if plain else None)", "STEPS.get(name, 1 if plain else 0)"),
+    "a row expanded is many rows": ("timing/41_roofline", "zip(t.shape, t.stride()) if step or not n)", "zip(t.shape, t.stride()))"),
+    "a layer whose rows move nothing": ("timing/41_roofline", "1 - half * (1 / E + 1 / M)", "1 - half * (1 / E)"),
 }
 UNTOUCHED = ("entropy/21_xent", "def log_softmax(", "def log_softmax(")
 
