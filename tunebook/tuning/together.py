@@ -6,7 +6,7 @@
 __all__ = ['ROLES', 'NOUNS', 'VERBS', 'FRAMES', 'BESIDE', 'TOKENS', 'NUMBER', 'Sentence', 'fill', 'sentences', 'role_tags',
            'did_it', 'shuffled', 'Tagger', 'below', 'Task', 'share', 'stream', 'joint', 'turns', 'learn_together']
 
-# %% ../../nbs/tuning/46_together.ipynb #6ab151fe
+# %% ../../nbs/tuning/46_together.ipynb #76c869aa
 import itertools
 import math
 import random
@@ -22,7 +22,7 @@ from .batches import IGNORED, Example, counted, pad, plan
 from .pretrain import SPECIAL, Corruption, learn
 from .train import classify, draw_seed
 
-# %% ../../nbs/tuning/46_together.ipynb #03d19629
+# %% ../../nbs/tuning/46_together.ipynb #65e88fe5
 ROLES = ("AGENT", "PATIENT", "INSTRUMENT", "PLACE")
 NOUNS = tuple("dog cat fox horse goat owl nurse clown king pilot thief queen".split())
 VERBS = tuple("chased pushed followed washed lifted kicked pulled painted".split())
@@ -43,7 +43,7 @@ def fill(
     slots = pattern.split()
     return Sentence(tuple(who.get(s, s) for s in slots), tuple(s if s in ROLES else None for s in slots))
 
-# %% ../../nbs/tuning/46_together.ipynb #aa9dbe9a
+# %% ../../nbs/tuning/46_together.ipynb #9c9be7e9
 def _draw(dice: random.Random, asked: str | None) -> Sentence:
     "One sentence."
     who = dict(zip(ROLES, dice.sample([n for n in NOUNS if n != asked], len(ROLES)))) | {"VERB": dice.choice(VERBS)}
@@ -66,7 +66,7 @@ def sentences(
         known.add(s)
     return made
 
-# %% ../../nbs/tuning/46_together.ipynb #571c904f
+# %% ../../nbs/tuning/46_together.ipynb #e9a48b89
 TOKENS = (*SPECIAL, "it", "was", "that", "by", "near", "with", *VERBS, *NOUNS)
 NUMBER = {w: i for i, w in enumerate(TOKENS)}
 
@@ -89,7 +89,7 @@ def did_it(
     if role not in ROLES[:2]: raise ValueError(f"{noun!r} is neither AGENT nor PATIENT of: {' '.join(s.words)}")
     return _example(s, [int(role == "AGENT")])
 
-# %% ../../nbs/tuning/46_together.ipynb #6429158f
+# %% ../../nbs/tuning/46_together.ipynb #b2db914a
 def shuffled(
     rows: Sequence[Example],
     seed: int = 0,
@@ -102,7 +102,7 @@ def shuffled(
         made.append(row | {"labels": [dealt.get(i, IGNORED) for i in range(len(row["labels"]))]})
     return made
 
-# %% ../../nbs/tuning/46_together.ipynb #f76bf15e
+# %% ../../nbs/tuning/46_together.ipynb #4754a585
 class Tagger(nn.Module):
     """A linear layer on each token vector of an encoder (Devlin et al. 2018, figure 4b and 4d)."""
     def __init__(
@@ -121,7 +121,7 @@ class Tagger(nn.Module):
         """`logits` (B, T, C) of token numbers (B, T)."""
         return SimpleNamespace(logits=self.head(self.encoder(input_ids, attention_mask=attention_mask).last_hidden_state))
 
-# %% ../../nbs/tuning/46_together.ipynb #91ca6e2c
+# %% ../../nbs/tuning/46_together.ipynb #623f5d5d
 def below(
     encoder: nn.Module,  # BertModel or one built like it
     layers: int,  # that stay
@@ -135,7 +135,7 @@ def below(
     part.embeddings, part.encoder.layer = encoder.embeddings, encoder.encoder.layer[:layers]
     return part
 
-# %% ../../nbs/tuning/46_together.ipynb #220d7f93
+# %% ../../nbs/tuning/46_together.ipynb #24c65291
 @dataclass(frozen=True)
 class Task:
     """One of the tasks that share an encoder."""
@@ -163,7 +163,7 @@ def share(
         return Tagger(part, t.classes, draw_seed(seed, *t.name.encode()))
     return nn.ModuleDict({t.name: tagger(t) for t in sorted(tasks, key=lambda t: t.name)})
 
-# %% ../../nbs/tuning/46_together.ipynb #d176c23b
+# %% ../../nbs/tuning/46_together.ipynb #8c6fcb48
 def stream(
     task: Task,
     size: int,  # examples in a batch
@@ -178,7 +178,7 @@ def stream(
             if task.corrupt: batch["input_ids"], batch["labels"] = task.corrupt(batch["input_ids"], g)
             yield batch
 
-# %% ../../nbs/tuning/46_together.ipynb #a04731d9
+# %% ../../nbs/tuning/46_together.ipynb #404fc072
 def joint(
     models: Mapping[str, nn.Module],  # by task
     batches: Mapping[str, dict[str, Tensor]],  # of the tasks in this update
@@ -192,7 +192,7 @@ def joint(
         count += weights[name] * int((batch["labels"] != IGNORED).sum())
     return total / (count or 1.0)
 
-# %% ../../nbs/tuning/46_together.ipynb #668eea4f
+# %% ../../nbs/tuning/46_together.ipynb #a1de894c
 def turns(
     weights: Mapping[str, float],  # how often, in relation
     seed: int,
