@@ -291,14 +291,14 @@ def forest(
     reference: str = "full",
 ) -> None:
     """Forest plot: each method's difference from the reference with its interval, and each seed's, best on top; the verdict in words."""
-    shown, base = [r for r in rows if r["difference"]], next(r["seeds"] for r in rows if r["method"] == reference)
+    shown, base = [r for r in rows if r["difference"]], next((r["seeds"] for r in rows if r["method"] == reference), [])
     ax.axvline(0, color="#888888", linewidth=1)
     colors = {"indistinguishable": "#555555", "worse": "#D55E00", "better": "#0072B2"}
     for y, r in enumerate(reversed(shown)):
         d, color = r["difference"], colors[r["verdict"]]
         ax.plot([100 * d.low, 100 * d.high], [y, y], color=color, linewidth=2)
         ax.plot(100 * d.mean, y, "o", color=color)
-        ax.plot([100 * (a - b) for a, b in zip(r["seeds"], base)], [y - 0.25] * len(base), ".", color=color, markersize=4)
+        for s, b in zip(r.get("seeds", []), base): ax.plot(100 * (s - b), y - 0.25, ".", color=color, markersize=4)
         ax.annotate(r["verdict"], (1.01, y), xycoords=("axes fraction", "data"), va="center", fontsize=9, color=color)
     ax.set(yticks=range(len(shown)), yticklabels=[r["method"] for r in reversed(shown)], ylabel="method",
            xlabel=f"accuracy minus that of {reference}, percentage points, 95 % interval")
