@@ -2,6 +2,9 @@
 
 import json
 import math
+import os
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -205,6 +208,16 @@ def test_rates_are_half_a_decade_apart():
 def compare_rate(method):
     from tunebook.tuning import METHODS
     return METHODS[method].rate
+
+
+REAL = Path(os.environ.get("TUNEBOOK_DATA") or "/nonexistent").expanduser() / "rt_polarity"
+
+
+@pytest.mark.skipif(not REAL.is_dir(), reason="TUNEBOOK_DATA names no folder that holds rt_polarity/")
+def test_what_readme_says_of_a_bag_of_words_with_all_rows():
+    found = compare.run_job(job("tf-idf", 1.0, 0, test=True, data="rt_polarity"))["right"]
+    said = re.search(r"reaches ([\d.]+) % when it gets all 8530", (Path(__file__).parent.parent / "README.md").read_text())
+    assert f"{100 * found.count('1') / len(found):.1f}" == said[1]
 
 
 def test_missing_trials_are_noticed():

@@ -167,6 +167,7 @@ def test_agreement_is_of_ranks(seed):
     turn = torch.linalg.qr(torch.randn(5, 5, generator=g)).Q  # turns the space, and no similarity
     assert agreement(a, a) == pytest.approx(1) and agreement(a, b) == pytest.approx(agreement(b, a))
     assert agreement(a, a @ turn) == pytest.approx(1, abs=0.02) and -1 <= agreement(a, b) <= 1
+    assert agreement(a, a[:1].expand(9, 5)) == 0  # every text has become the same
 
 
 def test_retrieval_finds_texts_by_their_rest():

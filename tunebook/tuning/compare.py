@@ -97,6 +97,11 @@ def job(
     """The description of a trial, as plain data."""
     return {"method": method, "rate": float(f"{rate:.3g}"), "seed": seed, "test": test, **more}
 
+# %% ../../nbs/tuning/36_compare.ipynb #8570f117
+def _bits(hits: Tensor) -> str:
+    "One character for each item: 1 where the answer is right."
+    return "".join("1" if h else "0" for h in hits.tolist())
+
 # %% ../../nbs/tuning/36_compare.ipynb #57528be2
 def _tested(what: Mapping[str, Any], run: Any, splits: Mapping[str, Sequence[Any]], classes: Sequence[str]) -> dict[str, Any]:
     "What a trial gives on the test split, and what the encoder still knows of its first 200 sentences."
@@ -107,10 +112,6 @@ def _tested(what: Mapping[str, Any], run: Any, splits: Mapping[str, Sequence[Any
     base, read = build(what["model"], classes)
     return {"right": _bits(hits), "agreement": agreement(*(vectors(m, read, texts[:200]) for m in (base, run.model))),
             "retrieval": {name: retrieval(m, read, texts[:200]) for name, m in (("base", base), ("tuned", run.model))}}
-
-def _bits(hits: Tensor) -> str:
-    "One character for each item: 1 where the answer is right."
-    return "".join("1" if h else "0" for h in hits.tolist())
 
 # %% ../../nbs/tuning/36_compare.ipynb #0c84a339
 def run_job(

@@ -103,8 +103,8 @@ def agreement(
     before: Tensor,  # [n, E] of length 1
     after: Tensor,  # the same texts
 ) -> float:
-    """Spearman's correlation of the similarities of any two texts, before and after."""
+    """Spearman's correlation of the similarities of any two texts, before and after; 0 when all are the same."""
     from scipy.stats import spearmanr
     above = torch.triu_indices(len(before), len(before), 1).unbind()
     a, b = ((x @ x.T)[above].cpu() for x in (before, after))
-    return float(spearmanr(a, b).statistic)
+    return 0.0 if (a == a[0]).all() or (b == b[0]).all() else float(spearmanr(a, b).statistic)
