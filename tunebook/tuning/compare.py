@@ -102,6 +102,24 @@ def _bits(hits: Tensor) -> str:
     "One character for each item: 1 where the answer is right."
     return "".join("1" if h else "0" for h in hits.tolist())
 
+# %% ../../nbs/tuning/36_compare.ipynb #e0ae2205
+BASELINES = ("majority", "tf-idf")
+
+def _baseline(what: Mapping[str, Any]) -> dict[str, Any]:
+    "A trial of scikit-learn's classifier, on the rows that a method with this seed gets."
+    from sklearn.dummy import DummyClassifier
+    from sklearn.feature_extraction.text import TfidfVectorizer
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+    from tunebook.tuning import sample, splits_of
+    splits = splits_of(what["data"])[0]
+    kind = DummyClassifier() if what["method"] == "majority" else LogisticRegression(max_iter=1000)
+    fit = make_pipeline(TfidfVectorizer(), kind)
+    fit.fit(*([r[k] for r in sample(splits["train"], what.get("rows"), what["seed"])] for k in ("text", "label")))
+    texts, labels = ([r[k] for r in splits["test"]] for k in ("text", "label"))
+    hits = torch.tensor(fit.predict(texts)) == torch.tensor(labels)
+    return {"job": dict(what), "trainable": getattr(kind, "coef_", torch.zeros(0).numpy()).size, "right": _bits(hits)}
+
 # %% ../../nbs/tuning/36_compare.ipynb #57528be2
 def _tested(what: Mapping[str, Any], run: Any, splits: Mapping[str, Sequence[Any]], classes: Sequence[str]) -> dict[str, Any]:
     "What a trial gives on the test split, and what the encoder still knows of its first 200 sentences."
@@ -130,24 +148,6 @@ def run_job(
              "config": run.config, "seconds": round(run.seconds, 2)}
     if what["test"]: found |= _tested(what, run, splits, classes)
     return {"job": dict(what), **found, "cpu_seconds": round(time.process_time() - start, 2)}
-
-# %% ../../nbs/tuning/36_compare.ipynb #e0ae2205
-BASELINES = ("majority", "tf-idf")
-
-def _baseline(what: Mapping[str, Any]) -> dict[str, Any]:
-    "A trial of scikit-learn's classifier, on the rows that a method with this seed gets."
-    from sklearn.dummy import DummyClassifier
-    from sklearn.feature_extraction.text import TfidfVectorizer
-    from sklearn.linear_model import LogisticRegression
-    from sklearn.pipeline import make_pipeline
-    from tunebook.tuning import sample, splits_of
-    splits = splits_of(what["data"])[0]
-    kind = DummyClassifier() if what["method"] == "majority" else LogisticRegression(max_iter=1000)
-    fit = make_pipeline(TfidfVectorizer(), kind)
-    fit.fit(*([r[k] for r in sample(splits["train"], what.get("rows"), what["seed"])] for k in ("text", "label")))
-    texts, labels = ([r[k] for r in splits["test"]] for k in ("text", "label"))
-    hits = torch.tensor(fit.predict(texts)) == torch.tensor(labels)
-    return {"job": dict(what), "trainable": getattr(kind, "coef_", torch.zeros(0).numpy()).size, "right": _bits(hits)}
 
 # %% ../../nbs/tuning/36_compare.ipynb #96ba437a
 def _key(what: Mapping[str, Any]) -> str:
