@@ -312,13 +312,13 @@ def pareto(
     label: str,  # of the cost
 ) -> None:
     """Accuracy with its interval against a cost; methods that nothing cheaper beats are joined."""
-    front: list[Mapping[str, Any]] = []
-    for k, r in enumerate(sorted((r for r in rows if r["method"] in cost), key=lambda r: (cost[r["method"]], -r["accuracy"].mean))):
+    front, shown = [], [r for r in rows if r["method"] in cost]  # best first
+    for k, r in enumerate(shown):
         d, x = r["accuracy"], cost[r["method"]]
         ax.plot([x, x], [100 * d.low, 100 * d.high], color="#999999", linewidth=1.5)
         ax.plot(x, 100 * d.mean, "o", color="#0072B2")
         side = {"va": "bottom", "ha": "right"} if k % 2 else {"va": "top", "ha": "left"}
         ax.annotate(f" {r['method']} ", (x, 100 * d.mean), fontsize=9, **side)
-        if not front or d.mean > front[-1]["accuracy"].mean: front.append(r)
+        if all(cost[s["method"]] > x for s in shown[:k]): front.append(r)
     ax.plot([cost[r["method"]] for r in front], [100 * r["accuracy"].mean for r in front], color="#0072B2", linewidth=0.8, linestyle=":")
     ax.set(xlabel=label, ylabel="test accuracy, percent")

@@ -311,10 +311,10 @@ def embeddings(m: Step) -> Ghost:
 
 # %% ../../nbs/tuning/38_cost.ipynb #e09778b0
 def before(m: Step, x: Ghost) -> Ghost:
-    """The text with virtual tokens before it; the call holds both the result and a mask of integers."""
+    """The text with virtual tokens before it; the call holds both the result and a mask of booleans."""
     P, (B, T, d) = m.plan.tokens, x.shape
     rows = m.plan.rows(m.t, m.s)
-    m.held += [y := cat(m.t, [view(m.t, rows, (B, P, d)), x], (B, P + T, d)), Store(8 * B * (P + T), m.t.meter)]
+    m.held += [y := cat(m.t, [view(m.t, rows, (B, P, d)), x], (B, P + T, d)), Store(B * (P + T), m.t.meter)]
     return y
 
 # %% ../../nbs/tuning/38_cost.ipynb #db6ac447
@@ -359,7 +359,7 @@ def prepare(m: Step) -> Ghost:
     B, P, E = m.B, m.plan.prefix, m.s.d
     if P:
         rows = view(m.t, m.plan.rows(m.t, m.s), (B, P, 2 * m.s.L * E))
-        m.held += [[m.t.op([rows], (B, P, E)) for _ in range(2 * m.s.L)], Store(8 * B * (P + m.T), m.t.meter)]
+        m.held += [[m.t.op([rows], (B, P, E)) for _ in range(2 * m.s.L)], Store(B * (P + m.T), m.t.meter)]
     x = embeddings(m)
     if m.mask: m.held.append(Store(B * x.shape[1] * (x.shape[1] + P), m.t.meter))
     m.held.append(x)
