@@ -7,7 +7,7 @@ from functools import reduce
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from tunebook.entropy.calibration import (
@@ -82,6 +82,7 @@ def test_bins_are_those_of_a_loop(seed, N, K, mass, values):
 @given(seed=seeds, N=st.integers(2, 200), K=bins, mass=st.booleans())
 def test_bins_are_scikit_learn_s(seed, N, K, mass):
     from sklearn.calibration import calibration_curve
+    assume(not mass or all((N - 1) * j % K for j in range(1, K)))  # else a quantile is an event, and its rounding chooses the side
     p, y = events(seed, N)
     share, mean = calibration_curve(y.numpy(), p.numpy(), n_bins=K, strategy="quantile" if mass else "uniform")
     b = reliability(p, y, edges(p, K, mass))
