@@ -14,7 +14,7 @@ import nbformat
 from tunebook.kit.cli import catalogue, read_ledger
 from tunebook.kit.ledger import interval
 from tunebook.tuning import splits_of
-from tunebook.tuning.compare import BASELINES, Study, percent, summary
+from tunebook.tuning.compare import BASELINES, Study, learned, percent, summary
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
@@ -89,9 +89,8 @@ def comparison_table():
         return f"{mean:.0f} [{low:.0f}, {high:.0f}]"
 
     def accuracy(row):
-        items = len(next(t["right"] for t in tested)) if row in reviews else len(others[0]["right"])
-        learned = sum(x > 0.5 + 1.96 * 0.5 / items**0.5 for x in row["seeds"])
-        return [percent(row["accuracy"]), "" if row["method"] in BASELINES else f"{learned} of {len(row['seeds'])}", row["verdict"]]
+        count = learned(row, len((tested if row in reviews else others)[0]["right"]))
+        return [percent(row["accuracy"]), "" if row["method"] in BASELINES else f"{count} of {len(row['seeds'])}", row["verdict"]]
 
     each = "% | learned | against full"
     rows = [f"| method | trains | reviews, {each} | rt_polarity, {each} | finds again, % | step | peak, MB |",
@@ -104,7 +103,8 @@ def comparison_table():
         size = f"{r['trainable']:,}" if m not in BASELINES else ""
         rows.append("| " + " | ".join([m, size, *accuracy(r), *accuracy(o), *costs]) + " |")
     a, b, base = trained[0]["job"], others[0]["job"], 100 * trained[0]["retrieval"]["base"]
-    told = (f"Reviews: 2400 sentences, {a['epochs']} epochs. rt_polarity: {b['rows']} sentences, {b['epochs']} epoch. Batches of "
+    told = (f"Reviews: {len(splits_of('reviews')[0]['train'])} sentences, {a['epochs']} epochs. "
+            f"rt_polarity: {b['rows']} sentences, {b['epochs']} epoch. Batches of "
             f"{a['batch']}, no dropout. Before tuning the encoder finds {base:.0f} % again. {environment['cores']} cores of "
             f"{environment['cpu']}, {steps['from']['date']}.")
     return told + "\n\n" + "\n".join(rows)

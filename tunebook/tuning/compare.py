@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['BASELINES', 'Difference', 'difference', 'holm', 'verdict', 'job', 'run_job', 'Study', 'run_study', 'rates', 'chosen',
-           'compare_methods', 'answers', 'summary', 'percent', 'as_table', 'forest', 'pareto']
+           'compare_methods', 'answers', 'summary', 'learned', 'percent', 'as_table', 'forest', 'pareto']
 
 # %% ../../nbs/tuning/36_compare.ipynb #bf254b59
 import json
@@ -263,6 +263,15 @@ def summary(
              "difference": against.get(m), "verdict": said.get(m, "baseline"), "seeds": [sum(x) / len(x) for x in right[m]]}
             for m in right]
     return sorted(rows, key=lambda r: -r["accuracy"].mean)
+
+# %% ../../nbs/tuning/36_compare.ipynb #27aa949e
+def learned(
+    row: Mapping[str, Any],  # from `summary`
+    items: int,  # that were tested
+    chance: float = 0.5,  # share of right answers by guessing
+) -> int:
+    """How many seeds end above chance: beyond the 95 % interval of guessing on so many items."""
+    return sum(x > chance + 1.96 * math.sqrt(chance * (1 - chance) / items) for x in row["seeds"])
 
 # %% ../../nbs/tuning/36_compare.ipynb #dd78b42c
 def percent(
