@@ -1,4 +1,4 @@
-"""What the benchmarks share: small notebooks, measured commands, interleaved rounds, peaks of memory, and marked sections of the README."""
+"""What the benchmarks share: small notebooks, measured commands, interleaved rounds, and marked sections of the README."""
 
 import argparse
 import atexit
@@ -199,19 +199,6 @@ def ratio(measured: dict[str, Any], name: str, base: str) -> tuple[float, float,
     """Median, smallest and largest of the ratios within rounds."""
     values = [a / b for a, b in zip(measured["seconds"][name], measured["seconds"][base])]
     return statistics.median(values), min(values), max(values)
-
-
-def peak(f: Callable[[], Any]) -> int:
-    """Largest sum of bytes that PyTorch's allocator had handed out since the start."""
-    from torch.profiler import ProfilerActivity, profile
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as p:
-        f()
-    events = sorted((e.start_ns(), e.nbytes()) for e in p.profiler.kineto_results.events() if e.name() == "[memory]")
-    now = top = 0
-    for _, size in events:
-        now += size
-        top = max(top, now)
-    return top
 
 
 def table(head: list[str], rows: list[list[str]]) -> str:

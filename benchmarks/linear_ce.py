@@ -14,7 +14,7 @@ from functools import partial
 from typing import Any
 
 import bench
-from bench import peak, ratio, rounds, spread, table
+from bench import ratio, rounds, spread, table
 
 os.environ["KINETO_LOG_LEVEL"] = "99"
 
@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.nn import LinearCrossEntropyOptions
 
 from tunebook.entropy.linear_ce import checkpointed_linear_cross_entropy, chunk_rows, linear_cross_entropy
+from tunebook.timing.memory import peak
 
 N, E, SMALL, LARGE = 2048, 256, 32768, 131072
 SHARE = float(os.environ.get("BENCH_SHARE", "0.05"))  # of a core that other processes may take in a round

@@ -17,7 +17,7 @@ from functools import partial
 from typing import Any
 
 import bench
-from bench import peak, ratio, rounds, spread, table
+from bench import ratio, rounds, spread, table
 
 os.environ["KINETO_LOG_LEVEL"] = "99"
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -28,6 +28,7 @@ from peft import IA3Config, LNTuningConfig, LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 from tunebook.kit.models import load
+from tunebook.timing.memory import peak
 from tunebook.tuning.methods import attach
 
 warnings.filterwarnings("ignore", category=FutureWarning)  # peft calls what transformers has renamed

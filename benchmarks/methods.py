@@ -16,9 +16,10 @@ from typing import Any
 
 import bench
 import torch
-from bench import peak, ratio, rounds, spread, table
+from bench import ratio, rounds, spread, table
 from lora import SHARE, draw, minilm, step
 
+from tunebook.timing.memory import peak
 from tunebook.tuning.cost import count, sizes
 from tunebook.tuning.methods import attach
 

@@ -15,7 +15,7 @@ from functools import partial
 from typing import Any
 
 import bench
-from bench import peak, rounds, spread, table
+from bench import rounds, spread, table
 
 os.environ["KINETO_LOG_LEVEL"] = "99"
 
@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 from tunebook.attention.tiled import alibi_rule, document_rule, tiled_attention, tuned_attention
+from tunebook.timing.memory import peak
 
 H, D, LENGTHS, WINDOW, MASKED = 8, 64, (1024, 2048, 4096), 256, 2048
 SMALL = "tuned, tiles of 128"
