@@ -8,7 +8,8 @@ import statistics
 HEADINGS = ["Question", "Smallest example", "Derivation", "Code", "Check", "Picture", "When it breaks", "Exercises", "Recap"]
 NEEDED = {"kit": {"Question", "Code", "Check", "Recap"}}
 MAY_IMPORT = {"kit": {"kit"}, "attention": {"kit", "attention"}, "entropy": {"kit", "entropy"}, "timing": {"kit", "timing"},
-              "tuning": {"kit", "attention", "entropy", "tuning"}}
+              "tuning": {"kit", "attention", "entropy", "tuning"},
+              "tasks": {"kit", "attention", "entropy", "tuning", "timing", "tasks"}}
 TORCH_ONLY = {"attention", "entropy", "timing"}
 KINDS = ("measured here", "recorded on", "simulated")  # where a time or a rate may come from
 TIME = r"\d[\d,.]*(e[+-]?\d+)? ?(ns|us|µs|ms|s|min|[KMGT]?B/s|[KMGT]?FLOP/s)(?![\w/])"
