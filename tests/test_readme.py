@@ -110,8 +110,20 @@ def comparison_table():
     return told + "\n\n" + "\n".join(rows)
 
 
+def said_table():
+    """The rows of all tables of verdicts in the chapters."""
+    head, rows = "| said | verdict here | because |", []
+    for r in catalogue(ROOT):
+        for c in nbformat.read(ROOT / "nbs" / f"{r['name']}.ipynb", 4).cells:
+            if c.cell_type == "markdown" and head in c.source:
+                table = c.source.split(head)[1].strip().split("\n\n")[0].splitlines()[1:]
+                rows += [f"{row} [{r['title'].split(':')[0]}](nbs/{r['name']}.ipynb) |" for row in table]
+    return "\n".join([f"{head} chapter |", "|---|---|---|---|", *rows])
+
+
 def filled(text):
-    for block, table in (("chapters", chapter_table()), ("comparison", comparison_table()), ("results", result_table())):
+    tables = {"chapters": chapter_table(), "comparison": comparison_table(), "said": said_table(), "results": result_table()}
+    for block, table in tables.items():
         text = re.sub(rf"(<!-- {block}:.*?-->\n).*?(<!-- end -->)", lambda m, t=table: f"{m[1]}\n{t}\n\n{m[2]}", text, flags=re.DOTALL)
     return text
 
@@ -133,6 +145,11 @@ def images(text):
 def test_the_tables_are_those_of_the_ledger():
     text = README.read_text()
     assert filled(text) == text, "run: python tests/test_readme.py"
+
+
+def test_every_verdict_is_one_of_four():
+    verdicts = [row.split("|")[2].strip().split()[0] for row in said_table().splitlines()[2:]]
+    assert len(verdicts) >= 15 and set(verdicts) <= {"right", "wrong", "conditional", "open"}
 
 
 def test_the_figures_are_those_of_the_executed_chapters():
