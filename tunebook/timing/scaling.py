@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Growth', 'through', 'steps', 'slopes', 'Exponent', 'exponent', 'fitted', 'Sweep', 'sweep', 'predicted', 'draw']
 
-# %% ../../nbs/timing/45_scaling.ipynb #2555f041
+# %% ../../nbs/timing/45_scaling.ipynb #a09cf19a
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -16,11 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# %% ../../nbs/timing/45_scaling.ipynb #76101a7d
+# %% ../../nbs/timing/45_scaling.ipynb #c87102a4
 from .clock import Clock, Sampler, Timing, bench, clock_of, signed_rank
 from .roofline import Roof, Work, attainable
 
-# %% ../../nbs/timing/45_scaling.ipynb #5d648ec8
+# %% ../../nbs/timing/45_scaling.ipynb #4dd09818
 @dataclass(frozen=True)
 class Growth:
     """A cost c[0] + c[1] n + c[2] n^2 + ..."""
@@ -42,7 +42,7 @@ class Growth:
         """A sum of powers."""
         return " + ".join(f"{a}" + ("" if k == 0 else " n" if k == 1 else f" n^{k}") for k, a in enumerate(self.c) if a)
 
-# %% ../../nbs/timing/45_scaling.ipynb #2a49275e
+# %% ../../nbs/timing/45_scaling.ipynb #b6cd45fe
 def through(
     ns: Sequence[int],  # sizes, all different; at least one more than the polynomial needs
     counts: Sequence[int],  # FLOPs or bytes at each
@@ -63,7 +63,7 @@ def through(
         c[0] += a
     return Growth(tuple(c))
 
-# %% ../../nbs/timing/45_scaling.ipynb #19ff13e8
+# %% ../../nbs/timing/45_scaling.ipynb #047546aa
 def _logs(ns: Sequence[float], costs: Tensor) -> tuple[Tensor, Tensor]:
     "Logarithms of sizes and costs, or an error that names what has none."
     if len(ns) < 2 or costs.shape[-1:] != (len(ns),) or not all(a < b for a, b in pairwise([0, *ns])):
@@ -89,7 +89,7 @@ def slopes(
     x = x - x.mean()
     return (y * x).sum(-1) / x.square().sum()
 
-# %% ../../nbs/timing/45_scaling.ipynb #dbfada64
+# %% ../../nbs/timing/45_scaling.ipynb #ab0c625d
 @dataclass(frozen=True)
 class Exponent:
     """Mean exponent over a range of sizes, with its 95 % interval."""
@@ -113,7 +113,7 @@ def exponent(
     """A slope for each round; interval of their median by signed ranks (Wilcoxon, 1945)."""
     return Exponent(*map(float, signed_rank(slopes(ns, costs))))
 
-# %% ../../nbs/timing/45_scaling.ipynb #479a56d6
+# %% ../../nbs/timing/45_scaling.ipynb #7670a2b5
 def fitted(
     ns: Sequence[float],  # sizes, rising
     costs: Tensor,  # (N,)
@@ -129,7 +129,7 @@ def fitted(
         if bool((c >= 0).all()): best = min(best, (float((a @ c - 1).square().sum()), dict(zip(some, c.tolist()))), key=lambda b: b[0])
     return Growth(tuple(best[1].get(k, 0.0) for k in range(max(powers) + 1)))
 
-# %% ../../nbs/timing/45_scaling.ipynb #82dac702
+# %% ../../nbs/timing/45_scaling.ipynb #721f7b21
 @dataclass
 class Sweep:
     """Times of one call over sizes, from rounds through all of them."""
@@ -164,7 +164,7 @@ class Sweep:
         t = self.timings[self.ns[0]]
         return f"{self.name}, {self.ns[0]} to {self.ns[-1]}: exponent {self.exponent}, {len(t.seconds) // 2} rounds, {t.kind}"
 
-# %% ../../nbs/timing/45_scaling.ipynb #189019e7
+# %% ../../nbs/timing/45_scaling.ipynb #a9bc3475
 def sweep(
     name: str,
     calls: dict[int, Callable[[], Any]],  # by size, rising
@@ -185,7 +185,7 @@ def sweep(
         for n in (*order, *reversed(order)): taken[n].append(draws[n]())
     return Sweep(name, {n: replace(warm[n], seconds=taken[n]) for n in calls})
 
-# %% ../../nbs/timing/45_scaling.ipynb #6415d9ba
+# %% ../../nbs/timing/45_scaling.ipynb #b5af1bf4
 def predicted(
     works: Sequence[Work],  # at each size
     top: Roof,
@@ -194,7 +194,7 @@ def predicted(
     """A start and the roofline's least time (Williams et al., 2009)."""
     return torch.tensor([attainable(w, top) for w in works], dtype=torch.float64) + torch.tensor(start, dtype=torch.float64)
 
-# %% ../../nbs/timing/45_scaling.ipynb #ce1b41d3
+# %% ../../nbs/timing/45_scaling.ipynb #3d7f7830
 def draw(
     ax: Any,  # matplotlib Axes
     s: Sweep,
