@@ -184,6 +184,13 @@ MUTANTS = {  # name: (chapter, right, wrong)
                                             "STEPS.get(name, 1 if plain else None)", "STEPS.get(name, 1 if plain else 0)"),
     "a row expanded is many rows": ("timing/41_roofline", "zip(t.shape, t.stride()) if step or not n)", "zip(t.shape, t.stride()))"),
     "a layer whose rows move nothing": ("timing/41_roofline", "1 - half * (1 / E + 1 / M)", "1 - half * (1 / E)"),
+    "a polynomial that nothing checks": ("timing/45_scaling", "if len(newton) == len(ns):", "if not newton:"),
+    "every step for a round": ("timing/45_scaling", "signed_rank(slopes(ns, costs))", "signed_rank(steps(ns, costs).flatten())"),
+    "an interval that is wide enough": ("timing/45_scaling", '"consistent" if theory - margin <= self.low and self.high <= theory + margin',
+                                        '"consistent" if self.low <= theory <= self.high'),
+    "parts below nothing": ("timing/45_scaling", "if bool((c >= 0).all()): best =", "if True: best ="),
+    "there and there again": ("timing/45_scaling", "(*order, *reversed(order))", "(*order, *order)"),
+    "a start for nothing": ("timing/45_scaling", " + torch.tensor(start, dtype=torch.float64)", ""),
 }
 UNTOUCHED = ("entropy/21_xent", "def log_softmax(", "def log_softmax(")
 
