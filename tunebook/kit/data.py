@@ -423,8 +423,8 @@ CATALOGUE = {d.name: d for d in [
 @cache
 def catalogue() -> dict[str, DataSet]:
     """Every data set by name: those above and those of the other modules; a name is taken once."""
-    from tunebook.kit import formats, sets
-    found = [CATALOGUE, *(module.SETS for module in (formats, sets))]
+    from tunebook.kit import formats, sets, streams, texts
+    found = [CATALOGUE, *(module.SETS for module in (formats, sets, streams, texts))]
     taken = Counter(name for sets in found for name in sets)
     if twice := [name for name, n in taken.items() if n > 1]: raise ValueError(f"two data sets are called {', '.join(twice)}")
     return {name: d for sets in found for name, d in sets.items()}

@@ -87,7 +87,7 @@ ENTITY_TEMPLATES = {  # phenomenon: (train, validation only, test only)
          "The flight from {loc} was paid for by {org} , not by {per} .", "As {per} knows , {org} has left {loc} .")),
     "full": (
         ("{PER} works for {ORG} in {loc} .", "{ORG} has a new head , {PER} .", "{PER} lived near {LOC} for years .",
-         "The road to {LOC} is closed until Monday .", "{PER} studied in {loc} , not at {ORG} .",
+         "The road to {LOC} is closed until Monday .", "{PER} went to {loc} to work for {ORG} .",
          "{ORG} asked {per} for advice .", "From {LOC} one can see the offices of {org} .", "{ORG} and {org} share a building .",
          "Mr {per} and {PER} have never met .", "{LOC} was named after {PER} ."),
         ("{PER} lost a lawsuit against {ORG} .", "Snow fell on {LOC} overnight .", "{first} and {PER} share a flat near {LOC} ."),
@@ -564,7 +564,7 @@ HELD_OUT = ("`words` and `template`: `seen` in training or `held-out`. Training 
 # %% ../../nbs/kit/13_sets.ipynb #ff9c34c7
 SETS = {d.name: d for d in [
     shipped("entities", "tagging", "Sentences with persons, places and firms whose names say nothing about their kind", generate_entities,
-            "5beff1aea5419b0803470054d799590fba65bd48b4b390414eefe020ca725f83", ("3696c04bc24cae6cd76b4164557ed9fa4fb792e15f29fc375324c9875a507969", "849024a182e3e2ccc9e9d71ae5359108c27ebd9aed6f16639221883fb5e3fc71", "55613f29d3d2f2cba8c718f563e4b33fa333a50229558e4c302b4b88fe9050bb"), ("kind", "words", "template"),
+            "647a5c77db06b2ed885212db0a89af4d09c5d3485b1b663c2ddcb176c434ec38", ("601d68a9e74be9f68853ed37bea2bf37e7ff5ec74358da2ed273663f6282d63f", "33b1537e5af06a27a65f92aca2cba8576d4f7ea558a36bf11126ddc7963a4cf0", "fbdad48775824ef4ac9116c132d8c0a11b8db4e8b50fa791885cc3daedabbf65"), ("kind", "words", "template"),
             made="Templates were filled with names that are surnames, towns and firms alike.",
             rule="PER for a person, with first name, without a title; LOC for a place, with `Lake`, `Street` and the like; ORG for a firm, a school or an "
                  "office, without an article. The longest mention counts, and the town in `the University of Lincoln` is none. Nothing else is tagged.",
