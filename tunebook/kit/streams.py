@@ -116,7 +116,7 @@ def _draws(day: int, events: Sequence[Event], dice: Dice) -> list[tuple[str, str
         polarity = BAD if u < RATES[BAD] or (day % 7 == 0 and u < RATES[BAD] + RATES[NEUTRAL] / 3) else NEUTRAL if u < RATES[BAD] + RATES[NEUTRAL] else GOOD
         out.append((dice.pick(COMPANIES), dice.pick(list(WORDINGS)), polarity, ""))
     for e in events:
-        if e.start <= day < e.start + e.days: out += [(e.company, e.topic, e.polarity, e.id)] * int(e.extra + dice.random())
+        if e.start <= day < e.start + e.days: out += [(e.company, e.topic, e.polarity, e.id)] * int(2 * e.extra * dice.random() + 0.5)
     return dice.shuffled(out)
 
 def generate_headlines(
@@ -234,7 +234,7 @@ _TOLD = "; ".join(f"`{e.id}`: {e.company}, {FIRST_DAY + timedelta(e.start)}, {e.
                   for e in EVENTS)
 SETS = {d.name: d for d in [
     shipped("headlines", "polarity over time", "Headlines of 200 days about six companies, with planted events", generate_headlines,
-            "0e66c10ecc5f7b93a372dc9f1273cb78b8c9e85d5745e062ad8575c88b1bf978", ("5ea0f9e2bc99d88654b7e1bea4301c3a65273a4d6d3e33927be7a195fbc29575", "1bf5782668cdcb6033a3d3a5710fea49aac5d46a850f1e31ac5819cc840dcc3e", "b828d562657c16f46b7b041b1f0b9d6fefcdcb6a5f95db70b43573a09ceafd70"), ("label", "topic", "company", "event"),
+            "c7108773acd9be1336d0b83be0a5c63a714ae23a8db6500359490af77aa022b0", ("011d85b65e14d64f80ee5b2b0fd63cf50e9c25b1f5463ccf2b1f9bcd9fa51b1a", "2a6da88d042e2c81efe665406d47fdcbc19fc98e2c36f02b47163c9383b33fa1", "a7ac93b912a8f9b72f44ec2f1f7f5ec129fb0cad2739bd9eac5ea57d2e515e39"), ("label", "topic", "company", "event"),
             ("bad", "neutral", "good"), flat=True,
             made="A headline combines what changed, how, and against which hope or fear. On a Monday more news is bad than on other days, at the weekend "
                  f"there is little of it. Planted: {_TOLD}. A rise of good news is no incident.",
