@@ -186,14 +186,16 @@ def test_missing_answers_have_a_tempting_one(made):
         told = sets.facts_told(r["kind"], r["context"])
         assert 4 <= len(told) <= 6 and len({s for s, _ in told}) == 2
         if r["case"] == "missing":
-            asked = {rel for rel, (_, _, listed) in sets.RELATIONS[r["kind"]].items() for k in range(3) for q in sets.pool(listed, k)
-                     for s, _ in told if re.sub(r"\bS\b", s, q) == r["question"]}
+            asked = {rel for rel, (_, _, listed) in sets.RELATIONS[r["kind"]].items() for k in range(3)
+                     for q in sets.pool(listed, k) for s, _ in told if re.sub(r"\bS\b", s, q) == r["question"]}
             assert len(asked) == 1 and asked <= {rel for _, rel in told}
 
 
 def test_a_sentence_of_no_known_form_is_an_error():
-    with pytest.raises(ValueError, match="no form of a sentence about a firm fits 'Talvik sings.'"): sets.facts_told("firm", "Talvik sings.")
-    with pytest.raises(ValueError, match="no question"): sets.careful_answer({"kind": "firm", "context": "Talvik makes lamps.", "question": "Why?"})
+    row = {"kind": "firm", "context": "Talvik makes lamps.", "question": "Why?"}
+    sung = "Talvik sings."
+    with pytest.raises(ValueError, match=f"no form of a sentence about a firm fits {sung!r}"): sets.facts_told("firm", sung)
+    with pytest.raises(ValueError, match="no question"): sets.careful_answer(row)
 
 
 # intents
@@ -202,7 +204,7 @@ def test_a_sentence_of_no_known_form_is_an_error():
 @given(seeds)
 def test_any_seed_gives_valid_intents(seed):
     splits, n = sets.generate_intents(seed), len(sets.INTENTS)
-    for split, rows in splits.items():
+    for rows in splits.values():
         counts = Counter(r["label"] for r in rows)
         assert set(counts) == set(range(n + 1)) and len({counts[i] for i in range(n)}) == 1
         assert len({r["text"].lower() for r in rows}) == len(rows)
@@ -253,7 +255,8 @@ def test_any_seed_gives_valid_slips(seed):
     splits = texts.generate_slips(seed)
     for r in every(splits): assert (r["text"] == r["target"]) == (r["kind"] == "correct"), r
     for rows in splits.values(): assert sum(r["kind"] == "correct" for r in rows) == 0.4 * len(rows)
-    assert not {w for r in splits["train"] for w in words(r["text"])} & {"advise", "brake", "peace", "whether", "weather", "piece", "passed"}
+    later = {"advise", "brake", "peace", "whether", "weather", "piece", "passed"}
+    assert not {w for r in splits["train"] for w in words(r["text"])} & later
     for r in (r for r in every(splits) if r["kind"] == "spelling"):
         changed = [(a, b) for a, b in zip(words(r["target"]), words(r["text"])) if a != b]
         assert len(changed) == 1 and abs(len(changed[0][0]) - len(changed[0][1])) <= 1 and changed[0][0][0] == changed[0][1][0]
@@ -305,7 +308,8 @@ def test_a_quiet_stream_has_no_event():
 
 def test_an_event_that_cannot_happen_is_an_error():
     good = streams.EVENTS[0]
-    for wrong, word in (({"company": "Nobody"}, "company"), ({"start": 500}, "day"), ({"polarity": 7}, "polarity"), ({"topic": "sport"}, "topic")):
+    for wrong, word in (({"company": "Nobody"}, "company"), ({"start": 500}, "day"), ({"polarity": 7}, "polarity"),
+                        ({"topic": "sport"}, "topic")):
         with pytest.raises(ValueError, match=word): streams.generate_headlines(0, [good._replace(**wrong)])
 
 

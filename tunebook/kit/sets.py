@@ -330,7 +330,7 @@ def careful_answer(
     asks = {(r, q): s for s, _ in facts_told(row["kind"], row["context"]) for r, (_, _, listed) in RELATIONS[row["kind"]].items()
             for k in range(3) for q in [re.sub(r"\bS\b", s, q) for q in pool(listed, k)]}
     if not (asked := [(s, r) for (r, q), s in asks.items() if q == row["question"]]):
-        raise ValueError(f"no question about a {row['kind']} of the context reads {row['question']!r}: only rows of `questions` can be answered")
+        raise ValueError(f"no question about a {row['kind']} of the context reads {row['question']!r}: only rows of `questions` work")
     found = facts_told(row["kind"], row["context"]).get(asked[0])
     return ([found[0]], [found[1]]) if found else ([], [])
 
