@@ -598,7 +598,7 @@ TOLD = {  # what the cards say
         "columns": "`tokens`, `tags` (BIO); `kind`: bare names, full ones, adjacent ones, words that are names elsewhere, lower case; "
                    + HELD_OUT,
         "limits": "Generated English of one style; a name is as often a person as a place or a firm, which is not so in the world."},
-                  "questions": {
+    "questions": {
         "task": "question answering", "about": "Questions on short contexts, a third of them without an answer",
         "made": "Two subjects share one relation and differ in others; later sentences say he, she or it.",
         "rule": "The shortest text that answers, at the place that speaks of the subject asked for. No answer when the context gives the "
@@ -608,7 +608,7 @@ TOLD = {  # what the cards say
                    "training or `held-out`, crossed in "
                    "validation and test. Three questions share a context; contexts never cross splits.",
         "limits": "Every sentence holds one fact; 24 relations; a question that is answered needs no inference beyond a pronoun."},
-                  "intents": {
+    "intents": {
         "task": "classification", "about": "Messages to a shop: sixteen intents in confusable pairs, and messages out of scope",
         "made": "Phrasings were filled with articles of the shop and framed by a greeting and a closing. `tunebook.kit.sets.ANSWERS` "
                 "holds an answer for each intent.",

@@ -276,14 +276,14 @@ TOLD = {  # what the cards say
                    "of test are new.",
         "limits": "Invented companies; every headline names one company; events have a sharp start and end. Nothing here says anything "
                   "about markets."},
-                  "items": {
+    "items": {
         "task": "recommendation", "about": "Articles of a magazine on eight topics, in the order in which they appeared",
         "made": "An article's words come from its topic; its circle of readers and its popularity are hidden.",
         "rule": "Nothing is labelled; the topic is known.",
         "columns": "`id`, `title`, `text`, `topic`. An article is in the split in whose days it appeared: those of validation and test "
                    "are cold then.",
         "limits": "The text shows the topic and nothing else of what readers like."},
-                  "clicks": {
+    "clicks": {
         "task": "recommendation", "about": "Who clicked which article of `items`, on which of 60 days",
         "made": "A reader likes two circles of readers, their topics a little, and new articles for six days; popular articles get more "
                 "clicks.",

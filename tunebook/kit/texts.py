@@ -382,14 +382,14 @@ TOLD = {  # what the cards say
                 "that role. Any of the three is right.",
         "columns": "`text`; `targets`: three titles; `kind` of news; `names`: every person, place and firm in the text; " + HELD_OUT,
         "limits": "Ten kinds of news, each with three titles in the same words; the news is always one sentence."},
-                  "reports": {
+    "reports": {
         "task": "summarization", "about": "Long reports that say things twice, with two summaries each",
         "made": "A finding, its cause and a remedy are told twice among sentences of office routine; the summary tells them a third way.",
         "rule": "A summary says what was found, why, and what is to be done.",
         "columns": "`text` (one sentence on each line); `targets`: two summaries; `kind`: what the report is about; `words`: names "
                    "`seen` in training or `held-out`.",
         "limits": "Eight matters, which are the same in all splits: a set for extraction, not for learning to write."},
-                  "slips": {
+    "slips": {
         "task": "correction", "about": "Sentences with one misspelling or slip of grammar, or none",
         "made": "Templates mark where a writer may slip; misspellings come from four edits: a neighbouring key, a letter doubled, "
                 "dropped or swapped.",
