@@ -445,7 +445,8 @@ INTENTS = {  # intent: (train, validation only, test only)
          "Can I use two vouchers for one {item}?", "The shop says that my code for the {item} is not valid.",
          "I can pay for the {item}, but the voucher is refused.", "Is my gift card good for a {item}?"),
         ("I have a coupon, but the {item} still costs the full price.", "The ten percent off do not show for the {item}."),
-        ("The string of letters that should make the {item} cheaper is rejected.", "I was promised money off the {item}, but the basket ignores it.",
+        ("The string of letters that should make the {item} cheaper is rejected.",
+         "I was promised money off the {item}, but the basket ignores it.",
          "Do I get a {item} for this present card?")),
     "in_stock": (
         ("Do you have the {item} in stock?", "When will the {item} be available again?", "Is the {item} sold out?",
