@@ -186,6 +186,15 @@ MUTANTS = {  # name: (chapter, right, wrong)
                                             "STEPS.get(name, 1 if plain else None)", "STEPS.get(name, 1 if plain else 0)"),
     "a row expanded is many rows": ("timing/41_roofline", "zip(t.shape, t.stride()) if step or not n)", "zip(t.shape, t.stride()))"),
     "a layer whose rows move nothing": ("timing/41_roofline", "1 - half * (1 / E + 1 / M)", "1 - half * (1 / E)"),
+    "a call that owns its children's time": ("timing/44_profile", "return self.total - sum(c.total for c in self.children)",
+                                             "return self.total"),
+    "backward passes that stay in the backward range": ("timing/44_profile", "if c.back and (made :=", "if not c.back and (made :="),
+    "the host that waits is to blame": ("timing/44_profile", '2 * busy(trace.calls("kernel")) > trace.whole', "False"),
+    "constant time that is always the launches'": ("timing/44_profile", "if grown < 27:", "if grown < 0:"),
+    "a break-even in floats": ("timing/44_profile", "gain = Fraction(str(before)) - Fraction(str(after))",
+                               "gain = Fraction(before) - Fraction(after)"),
+    "a loader that is never full": ("timing/44_profile", "told = times[j - prefetch * workers][1] if j >= prefetch * workers > 0 else 0.0",
+                                    "told = 0.0"),
 }
 UNTOUCHED = ("entropy/21_xent", "def log_softmax(", "def log_softmax(")
 
