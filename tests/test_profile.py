@@ -43,12 +43,12 @@ from tunebook.timing.profile import (
 from tunebook.timing.roofline import Work
 from tunebook.timing.simulate import GPU, Costs
 
-quick = settings(deadline=None, max_examples=60, derandomize=True)
+quick = settings(deadline=None, max_examples=30, derandomize=True)
 DEVICES = ["cpu", "cuda"][: 1 + torch.cuda.is_available()]
 
 
 @st.composite
-def trees(draw, low=0, high=2000, depth=4):
+def trees(draw, low=0, high=2000, depth=2):
     """Calls of one row that nest, in no order, with names that repeat."""
     calls, at = [], low
     for _ in range(draw(st.integers(1, 3))):
@@ -133,7 +133,7 @@ def test_counts_and_own_times_are_pytorchs(device):
         with profile(activities=activities) as p:
             step()
         host = by_name(Trace(read(p).calls("range", "operator", "runtime"), "measured here"))
-        theirs = {r.key: r for r in p.key_averages() if r.key in host}
+        theirs = {r.key: r for r in p.key_averages() if r.key in host and r.device_type.name == "CPU"}
         assert {n: r.calls for n, r in host.items()} == {n: r.count for n, r in theirs.items()} and len(host) > 20
         assert {n: r.own for n, r in host.items()} == {n: round(1000 * r.self_cpu_time_total) for n, r in theirs.items()}
 
@@ -206,7 +206,7 @@ def test_a_trace_of_two_devices():
     assert {c.row for c in trace.calls()} == {"host", "host 2", "stream 7 of device 1", "stream 7"}
     gemm, memcpy = trace.calls("kernel")
     assert (trace.owner(gemm), trace.operator(gemm)) == ("step", "aten::mm")
-    assert (trace.owner(memcpy), trace.operator(memcpy)) == ("?", "Memcpy")  # launched before the profiler began
+    assert (trace.owner(memcpy), trace.operator(memcpy)) == ("no range", "Memcpy")  # launched before the profiler began
     assert hottest(trace).where == "device" and spend(trace, trace.operator, device=True) == {"aten::mm": 70_000, "Memcpy": 5000}
 
 

@@ -74,7 +74,7 @@ def nest(
     for c in sorted(calls, key=lambda c: (c.start, -c.end)):
         stack = open_calls.setdefault(c.row, [])
         while stack and (c.start >= stack[-1].end or c.end > stack[-1].end): stack.pop()
-        c.parent = stack[-1] if stack else None
+        c.parent, c.children = stack[-1] if stack else None, []
         (c.parent.children if c.parent else roots).append(c)
         stack.append(c)
     return roots
@@ -110,11 +110,11 @@ class Trace:
 
     def owner(self, call: Call) -> str:
         """Innermost range around a call; a kernel goes to its launch, the backward pass of an operator to where that operator was."""
-        if call.kind == "kernel": return self.owner(self.launchers[call.key]) if call.key in self.launchers else "?"
+        if call.kind == "kernel": return self.owner(self.launchers[call.key]) if call.key in self.launchers else "no range"
         for c in call.up():
             if c.kind == "range": return c.name
-            if c.back and (made := self.makers.get(c.node)) and (name := self.owner(made)) != "?": return name
-        return "?"
+            if c.back and (made := self.makers.get(c.node)) and (name := self.owner(made)) != "no range": return name
+        return "no range"
 
     def operator(self, call: Call) -> str:
         """Innermost operator around a call, or Python."""
@@ -283,6 +283,10 @@ class Hot:
     operator: str  # or Python
     share: float  # of the own times there
 
+    def __repr__(self) -> str:
+        """In a line."""
+        return f"{self.operator} in {self.range}, {self.share:.0%} of the {self.where}'s own times"
+
 def hottest(
     trace: Trace,
 ) -> Hot:
@@ -394,7 +398,8 @@ def draw(
     for (kind, y), calls in bars.items():
         ax.broken_barh([(c.start / unit, c.total / unit) for c in calls], (y, 0.92), color=SHADES[kind], lw=0)
         for c in calls:
-            name = c.name.removeprefix("autograd::engine::evaluate_function: ").split("::")[-1].split("#")[0]
+            *_, last = parts = c.name.split("#")[0].split(": ")[-1].split("::")[-1].split(".")
+            name = ".".join(parts[-2:]) if last.isdigit() else last
             if (room := int(letters * c.total / trace.whole)) >= min(len(name), 4):
                 ax.text((c.start + c.end) / 2 / unit, y + 0.46, name[:room], fontsize=7, ha="center", va="center")
     ax.set(ylim=(top - 0.5, 0), xlim=(0, trace.whole / unit), yticks=[y + 0.5 for y in below.values()], yticklabels=list(below))
