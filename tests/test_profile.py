@@ -173,9 +173,9 @@ def test_files_plain_and_packed(tmp_path):
         step()
     p.export_chrome_trace(str(tmp_path / "a.json"))
     (tmp_path / "b.gz").write_bytes(gzip.compress((tmp_path / "a.json").read_bytes()))
-    a, b, live = read(tmp_path / "a.json"), read(str(tmp_path / "b.gz"), "recorded on a laptop"), read(p)
-    assert by_name(a) == by_name(b) == by_name(live)
-    assert (a.kind, b.kind, live.kind) == ("recorded on an unnamed CPU", "recorded on a laptop", "measured here")
+    a, b = read(tmp_path / "a.json"), read(str(tmp_path / "b.gz"), "recorded on a laptop")
+    assert by_name(a) == by_name(b) and len(a.calls()) > 50
+    assert (a.kind, b.kind) == ("recorded on an unnamed CPU", "recorded on a laptop")
 
 
 @pytest.mark.parametrize("source, words", [([], "expected a trace with traceEvents, got list: write one with export_chrome_trace"),

@@ -79,6 +79,7 @@ def nest(
         stack.append(c)
     return roots
 
+# %% ../../nbs/timing/44_profile.ipynb #09a35830
 def merged(call: Call) -> Iterator[Call]:
     """A call and all below it, in order of time; an only child with its parent's name becomes one with it."""
     while len(call.children) == 1 and call.children[0].name == call.name:
@@ -135,6 +136,7 @@ def _call(event: dict[str, Any], hosts: dict[Any, str]) -> Call:
     return Call(event["name"], kind, row, start, start + length, args.get("correlation"), args.get("Sequence number"),
                 args.get("Fwd thread id", 0) > 0)
 
+# %% ../../nbs/timing/44_profile.ipynb #75c7e14d
 def parse(
     data: dict[str, Any],  # a trace in Chrome's format
     kind: str = "",  # of its numbers; default: recorded on the device that it names
@@ -162,6 +164,7 @@ def during(
     yield
     gpu.trace.append(Span("range", name, start, gpu.now))
 
+# %% ../../nbs/timing/44_profile.ipynb #821e7844
 def chrome(
     gpu: GPU,  # whose device is done: synchronize first
 ) -> dict[str, Any]:
@@ -178,7 +181,7 @@ def chrome(
 
 # %% ../../nbs/timing/44_profile.ipynb #ede36eea
 def read(
-    source: Any,  # torch.profiler.profile that ran, path of an exported trace, its contents, or a simulated GPU
+    source: Any,  # torch.profiler.profile that ran and was not exported yet, path of a trace, its contents, or a simulated GPU
     kind: str = "",  # of its numbers, where the source does not tell
 ) -> Trace:
     """A trace from wherever it is."""
@@ -191,6 +194,7 @@ def read(
     data = Path(source).read_bytes()
     return parse(json.loads(gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data, parse_float=Decimal), kind)
 
+# %% ../../nbs/timing/44_profile.ipynb #041783b1
 def record(
     f: Callable[..., Any],
     *args: Any,
@@ -214,6 +218,7 @@ class Row:
     own: int = 0  # ns
     total: int = 0  # ns, without calls inside others of the name
 
+# %% ../../nbs/timing/44_profile.ipynb #7bffaf7f
 def by_name(
     trace: Trace,
 ) -> dict[str, Row]:
@@ -266,6 +271,7 @@ def busy(
         total, last = total + max(0, c.end - max(c.start, last)), max(last, c.end)
     return total
 
+# %% ../../nbs/timing/44_profile.ipynb #abca3248
 def idle(
     trace: Trace,
     *kinds: str,  # kernel for the device; operator for what the host does beside operators
@@ -287,6 +293,7 @@ class Hot:
         """In a line."""
         return f"{self.operator} in {self.range}, {self.share:.0%} of the {self.where}'s own times"
 
+# %% ../../nbs/timing/44_profile.ipynb #c8ad65c8
 def hottest(
     trace: Trace,
 ) -> Hot:
@@ -326,6 +333,7 @@ class Graphs:
         """How many."""
         return len(self.sizes)
 
+# %% ../../nbs/timing/44_profile.ipynb #783f3b34
 def break_even(
     compiling: float,  # seconds that compiling adds to the first call
     before: float,  # seconds of a call
@@ -352,6 +360,7 @@ def deliver(
         now = times[j][1] + step
     return times
 
+# %% ../../nbs/timing/44_profile.ipynb #6a6a86fc
 def pace(
     load: float,
     step: float,
@@ -368,6 +377,7 @@ def waiting(
     """Share of the time that the loop waits for data."""
     return busy(c for c in trace.calls("range", "operator") if c.name.startswith(prefix)) / trace.whole
 
+# %% ../../nbs/timing/44_profile.ipynb #09b0d530
 class Slow(torch.utils.data.Dataset):
     """Items that take a given time."""
     def __init__(self, items: int, seconds: float) -> None: self.items, self.seconds = items, seconds
