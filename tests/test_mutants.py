@@ -188,7 +188,7 @@ MUTANTS = {  # name: (chapter, right, wrong)
     "a layer whose rows move nothing": ("timing/41_roofline", "1 - half * (1 / E + 1 / M)", "1 - half * (1 / E)"),
     "a call that owns its children's time": ("timing/44_profile", "return self.total - sum(c.total for c in self.children)",
                                              "return self.total"),
-    "backward passes that stay in the backward range": ("timing/44_profile", "if c.back and (made :=", "if not c.back and (made :="),
+    "backward passes that stay in the backward range": ("timing/44_profile", "self.makers.get(c.node)", "self.makers.get(None)"),
     "the host that waits is to blame": ("timing/44_profile", '2 * busy(trace.calls("kernel")) > trace.whole', "False"),
     "constant time that is always the launches'": ("timing/44_profile", "if grown < 27:", "if grown < 0:"),
     "a break-even in floats": ("timing/44_profile", "gain = Fraction(str(before)) - Fraction(str(after))",
