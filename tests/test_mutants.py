@@ -197,6 +197,15 @@ MUTANTS = {  # name: (chapter, right, wrong)
     "parts below nothing": ("timing/45_scaling", "if bool((c >= 0).all()): best =", "if True: best ="),
     "there and there again": ("timing/45_scaling", "(*order, *reversed(order))", "(*order, *order)"),
     "a start for nothing": ("timing/45_scaling", " + torch.tensor(start, dtype=torch.float64)", ""),
+    "a call that owns its children's time": ("timing/44_profile", "return self.total - sum(c.total for c in self.children)",
+                                             "return self.total"),
+    "backward passes that stay in the backward range": ("timing/44_profile", "self.makers.get(c.node)", "self.makers.get(None)"),
+    "the host that waits is to blame": ("timing/44_profile", '2 * busy(trace.calls("kernel")) > trace.whole', "False"),
+    "constant time that is always the launches'": ("timing/44_profile", "if grown < 27:", "if grown < 0:"),
+    "a break-even in floats": ("timing/44_profile", "gain = Fraction(str(before)) - Fraction(str(after))",
+                               "gain = Fraction(before) - Fraction(after)"),
+    "a loader that is never full": ("timing/44_profile", "told = times[j - prefetch * workers][1] if j >= prefetch * workers > 0 else 0.0",
+                                    "told = 0.0"),
 }
 UNTOUCHED = ("entropy/21_xent", "def log_softmax(", "def log_softmax(")
 
