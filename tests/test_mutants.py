@@ -185,6 +185,14 @@ MUTANTS = {  # name: (chapter, right, wrong)
     "an unknown kernel counts as nothing": ("timing/41_roofline",
                                             "STEPS.get(name, 1 if plain else None)", "STEPS.get(name, 1 if plain else 0)"),
     "a row expanded is many rows": ("timing/41_roofline", "zip(t.shape, t.stride()) if step or not n)", "zip(t.shape, t.stride()))"),
+    "sizes of sets that weigh alike": ("tasks/58_explain", "1 / (n * math.comb(n - 1, s))", "1 / 2 ** (n - 1)"),
+    "gains given to the wrong player": ("tasks/58_explain", "steps.gather(1, place.to(steps.device))",
+                                        "steps.gather(1, place.argsort(-1).to(steps.device))"),
+    "a kernel that forgets who is not there": ("tasks/58_explain", "(math.comb(players, size) * size * (players - size))",
+                                               "(math.comb(players, size) * size)"),
+    "a fit without an intercept": ("tasks/58_explain", "_fit(z - mean @ z, value - mean @ value, weight, ridge)",
+                                   "_fit(z, value, weight, ridge)"),
+    "a middle that is the left end": ("tasks/58_explain", "(torch.arange(steps) + 0.5) * even, even", "torch.arange(steps) * even, even"),
     "a layer whose rows move nothing": ("timing/41_roofline", "1 - half * (1 / E + 1 / M)", "1 - half * (1 / E)"),
 }
 UNTOUCHED = ("entropy/21_xent", "def log_softmax(", "def log_softmax(")

@@ -89,7 +89,7 @@ def _fit(rows: Tensor, values: Tensor, weights: Tensor, ridge: float = 0.0) -> T
     except torch.linalg.LinAlgError:
         raise ValueError(f"{len(rows)} sets do not determine {rows.shape[1]} coefficients: draw more") from None
 
-# %% ../../nbs/tasks/58_explain.ipynb #a3ecb220
+# %% ../../nbs/tasks/58_explain.ipynb #b67d3af4
 def kernel_draws(
     players: int,  # n
     draws: int,  # sets at most
@@ -97,7 +97,7 @@ def kernel_draws(
 ) -> tuple[Tensor, Tensor]:  # (N, n) booleans, neither full nor empty; (N,) float64 weights
     """The sets that KernelSHAP asks the model about: all if there are no more than `draws`, else drawn, with their complements."""
     n = players
-    if n < 2 or draws < 2 * n: raise ValueError(f"expected at least 2 players and {2 * n} draws, got {n} players and {draws} draws")
+    if draws < 2 * n: raise ValueError(f"{n} players need at least {2 * n} draws, got {draws}")
     if n <= 16 and 2**n - 2 <= draws:
         there = coalitions(n)[1:-1]
         return there, torch.tensor([kernel_weight(s, n) for s in there.sum(-1).tolist()], dtype=torch.float64)
