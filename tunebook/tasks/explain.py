@@ -298,7 +298,7 @@ def rolled_out(
     if not r.maps: raise ValueError("this reading holds no attention weights: read(..., maps=True)")
     return rollout(r.maps)[0, 0, r.places]
 
-# %% ../../nbs/tasks/58_explain.ipynb #4b756a44
+# %% ../../nbs/tasks/58_explain.ipynb #16abd4c1
 def _at(r: Reading, scores: Tensor) -> Tensor: return scores[r.places]
 
 def _drawn(seed: int) -> torch.Generator: return torch.Generator().manual_seed(seed)
@@ -319,7 +319,7 @@ def explain(
     r: Reading,
     methods: Sequence[str] = tuple(METHODS),
     seed: int = 0,  # of the methods that draw
-) -> Tensor:  # (M, n) float64 on the CPU, a row a method; higher: more in favour of the explained class
+) -> Tensor:  # (M, n) float64 on the CPU, a row a method; sizes and attention have no sign
     """What each method says about each token."""
     if bad := [m for m in methods if m not in METHODS]: raise ValueError(f"no method is called {bad[0]!r}: expected {', '.join(METHODS)}")
     return torch.stack([METHODS[m](r, seed).detach().double().cpu() for m in methods])
