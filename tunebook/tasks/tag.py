@@ -48,13 +48,19 @@ class Score:
     gold: int
 
     @property
-    def precision(self) -> float: return self.right / self.predicted if self.predicted else 0.0
+    def precision(self) -> float:
+        """Share of the predicted names that are right."""
+        return self.right / self.predicted if self.predicted else 0.0
 
     @property
-    def recall(self) -> float: return self.right / self.gold if self.gold else 0.0
+    def recall(self) -> float:
+        """Share of the true names that were found."""
+        return self.right / self.gold if self.gold else 0.0
 
     @property
-    def f1(self) -> float: return 2 * self.right / (self.predicted + self.gold) if self.predicted + self.gold else 0.0
+    def f1(self) -> float:
+        """Their harmonic mean; 0 where there is no name."""
+        return 2 * self.right / (self.predicted + self.gold) if self.predicted + self.gold else 0.0
 
 # %% ../../nbs/tasks/51_tag.ipynb #d3d54cc0
 def score(
