@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['NAMES', 'FIRST', 'FORMS', 'ENTITY_TEMPLATES', 'ENTITY_KINDS', 'PEOPLE', 'PLACES', 'YEARS', 'COUNTS', 'SUBJECTS',
            'RELATIONS', 'SHE', 'ITEMS', 'INTENTS', 'OUT_OF_SCOPE', 'ANSWERS', 'BEFORE', 'AFTER', 'CARD', 'HELD_OUT',
-           'SETS', 'pool', 'fill', 'generate_entities', 'generate_questions', 'facts_told', 'careful_answer',
-           'generate_intents', 'read_flat', 'shipped']
+           'TOLD', 'SUMS', 'SETS', 'pool', 'fill', 'generate_entities', 'generate_questions', 'facts_told',
+           'careful_answer', 'generate_intents', 'read_flat', 'shipped']
 
 # %% ../../nbs/kit/13_sets.ipynb #6cee2d72
 import csv
@@ -73,22 +73,25 @@ ENTITY_TEMPLATES = {  # phenomenon: (train, validation only, test only)
          "Nobody lives in {loc} any more .", "{org} hired fifty engineers last year .",
          "{org} , which makes engines , was founded in 1961 .", "Shares in {org} rose on Friday .",
          "My aunt has worked for {org} since 2003 .", "The board of {org} met on Monday .", "{org} sold its factory to {org2} .",
-         "{org} will pay a dividend this year .", "{per} left {org} and moved to {loc} .",
+         "{org} will pay a dividend this year .", "{per} left his job at {org} and moved to {loc} .",
          "{org} opened an office in {loc} , and {per} will run it .", "{per} , the mayor of {loc} , met the chairman of {org} .",
-         "{org} lent {per} a car for the trip to {loc} .", "In {loc} , {per} is known as the man who bought {org} .",
-         "{per} said that {org} would leave {loc} .", "The letter from {per} reached {loc} on Tuesday ."),
+         "The management of {org} lent {per} a car for her trip to {loc} .",
+         "In {loc} , {per} is known as the man who bought shares in {org} .",
+         "{per} told her son that {org} would close its {loc} branch .", "A letter that {per} wrote by hand reached {loc} on Tuesday ."),
         ("{per} was asleep when the post came .", "Two of the cousins of {per} live abroad .", "The harbour of {loc} is frozen .",
          "{loc} has a market and two churches .", "{org} cut its prices by a tenth .", "The accounts of {org} were checked twice .",
-         "{per} wants to sell the house in {loc} .", "After ten years at {org} , {per} retired ."),
+         "{per} wants to sell his house in {loc} .", "After ten years on the staff of {org} , {per} retired ."),
         ("{per} has a sister and three brothers .", "Doctors told {per} to rest for a week .", "{per} laughed and put on her coat .",
          "The hills around {loc} are green .", "{loc} has fewer inhabitants than {loc2} .", "Visitors reach {loc} by ferry .",
          "{org} reported a loss for the third year .", "The customers of {org} were not told .",
          "{org} is taking over its rival {org2} .", "{per} resigned from {org} to open a bakery in {loc} .",
-         "The flight from {loc} was paid for by {org} , not by {per} .", "As {per} knows , {org} has left {loc} .")),
+         "The flight from {loc} was paid for by the owners of {org} , not by {per} himself .",
+         "As {per} and her sister know , {org} has given up its office in {loc} .")),
     "full": (
         ("{PER} works for {ORG} in {loc} .", "{ORG} has a new head , {PER} .", "{PER} lived near {LOC} for years .",
          "The road to {LOC} is closed until Monday .", "{PER} went to {loc} to work for {ORG} .",
-         "{ORG} asked {per} for advice .", "From {LOC} one can see the offices of {org} .", "{ORG} and {org} share a building .",
+         "{ORG} asked {per} and his daughter for advice .", "From {LOC} one can see the offices of {org} .",
+         "{ORG} and {org} share a building .",
          "Mr {per} and {PER} have never met .", "{LOC} was named after {PER} ."),
         ("{PER} lost a lawsuit against {ORG} .", "Snow fell on {LOC} overnight .", "{first} and {PER} share a flat near {LOC} ."),
         ("{PER} wrote a history of {ORG} .", "The walk to {LOC} takes an hour .", "{ORG} owes {per} two months of pay .",
@@ -96,20 +99,23 @@ ENTITY_TEMPLATES = {  # phenomenon: (train, validation only, test only)
     "adjacent": (
         ("In {loc} {per} opened a shop .", "In {loc} {org} hired two hundred people .", "In {loc} {per} and {first} keep goats .",
          "{org} 's {loc} office is small .", "Near {LOC} {PER} found a ring .", "The {loc} manager of {org} , {per} , is ill .",
-         "At {org} {per} had few friends .", "At {org} {first} had to wait ."),
-        ("Outside {loc} {org} owns a quarry .", "From {loc} {first} wrote every week ."),
-        ("Near {loc} {per} keeps bees .", "Behind {LOC} {org} is building a warehouse .", "For {org} {first} would do anything .",
+         "As a trainee of {org} {per} had few friends .", "After a year as cook of {org} {first} gave up ."),
+        ("Outside {loc} {org} and its rivals own quarries .", "From {loc} {first} wrote every week ."),
+        ("Near {loc} {per} keeps bees .", "Behind {LOC} {org} is building a warehouse .",
+         "For her employer {org} {first} would do anything .",
          "{per} 's {loc} house is for sale .")),
     "words": (
-        ("May was colder than April in {loc} .", "{first} was late for work at {org} .", "Will {per} come to {loc} on Friday ?",
-         "Rose bushes grow well in {loc} .", "Mark my words , {per} will be back .", "Bill payments at {org} are late .",
-         "{first} may buy the shop from {per} .", "Reading on the train to {loc} made {first} sick .",
-         "The rose from {per} was white .", "{first} will ask {org} for a rise .", "The train from Reading/LOC to {loc} is full .",
+        ("May was colder than April in {loc} .", "{first} was late for a job interview with {org} .",
+         "Will {per} come to {loc} on Friday ?",
+         "Rose bushes grow well in {loc} .", "Mark my words , {per} will change her mind .", "Bill payments at {org} are late .",
+         "{first} may buy the shop from old Mr {per} .", "Reading on the train to {loc} made {first} sick .",
+         "The rose that {per} wore was white .", "{first} will ask {org} for a rise .", "The train from Reading/LOC to {loc} is full .",
          "It may rain in {loc} .", "A will was found in the house of {per} ."),
-        ("Grace was not what {per} had on the ice .", "{first} hopes to leave {org} in May .", "The bill from {org} came on Friday ."),
-        ("Hope was all that kept {per} going .", "Joy filled the streets of {loc} .", "Bath towels from {org} are on sale .",
+        ("Grace was not what {per} had on the ice .", "{first} hopes to leave the board of {org} in May .",
+         "The bill from the lawyers of {org} came on Friday ."),
+        ("Hope was all that kept poor {per} alive .", "Joy filled the streets of {loc} .", "Bath towels made by {org} are on sale .",
          "{first} took a bath and went to bed .", "Nice weather is rare in {loc} .", "In May {first} flew from Nice/LOC to {loc} .",
-         "A month in Bath/LOC did {per} good .", "{first} was full of hope when {org} called .")),
+         "A month in Bath/LOC did {per} good .", "{first} was full of hope when {org} advertised the post .")),
 }
 
 # %% ../../nbs/kit/13_sets.ipynb #c7819116
@@ -137,7 +143,7 @@ ENTITY_KINDS = (*ENTITY_TEMPLATES, "lower")
 
 def _entity_rows(kind: str, words: int, templates: int, turn: int, dice: Dice) -> list[dict[str, Any]]:
     "One tagged sentence of a phenomenon; `lower` writes bare and longer names without capitals."
-    source = ENTITY_TEMPLATES["bare"][templates] + ENTITY_TEMPLATES["full"][templates] if kind == "lower" else ENTITY_TEMPLATES[kind][templates]
+    source = [t for k in (("bare", "full") if kind == "lower" else (kind,)) for t in ENTITY_TEMPLATES[k][templates]]
     tokens, tags = _tagged(source[turn % len(source)], words, templates, dice)
     return [{"tokens": [t.lower() for t in tokens] if kind == "lower" else tokens, "tags": tags, "kind": kind}]
 
@@ -148,9 +154,9 @@ def generate_entities(
     return fill({"train": 160, "validation": 10, "test": 20}, ENTITY_KINDS, _entity_rows, Dice(seed), "tokens")
 
 # %% ../../nbs/kit/13_sets.ipynb #44a8e329
-PEOPLE = ("Anna Keller, Tom Brandt, Maria Costa, David Lund, Leila Haddad, Omar Farouk, Ingrid Dahl, Peter Novak, Mei Tanaka, Carlos Vega, "
-          "Ruth Adler, Ivan Petrov, Nora Quinn, Paul Meyer, Sofia Rossi, Emil Berg | Elena Popa, Victor Hale, Grace Obi, Martin Frey, "
-          "Julia Sand, Otto Lang | Samuel Okoro, Yuki Mori, Priya Nair, Felix Graf, Clara Moss, Hugo Blanc, Tara Singh, Leo Winter")
+PEOPLE = ("Anna Keller, Tom Brandt, Maria Costa, David Lund, Leila Haddad, Omar Farouk, Ingrid Dahl, Peter Novak, Mei Tanaka, Carlos "
+          "Vega, Ruth Adler, Ivan Petrov, Nora Quinn, Paul Meyer, Sofia Rossi, Emil Berg | Elena Popa, Victor Hale, Grace Obi, Martin "
+          "Frey, Julia Sand, Otto Lang | Samuel Okoro, Yuki Mori, Priya Nair, Felix Graf, Clara Moss, Hugo Blanc, Tara Singh, Leo Winter")
 PLACES = ("Marlow, Ashford, Kelton, Brenford, Norwick, Halden, Osterby, Ferrol, Lindau, Tarvin | Selby, Corvath, Mirfield, Dunmore "
           "| Whitby, Saltash, Ambleton, Grenoch, Verholt")
 YEARS = ("1947, 1953, 1958, 1964, 1969, 1972, 1981, 1986, 1990, 1998, 2004, 2011 | 1951, 1967, 1978, 1993, 2007 "
@@ -158,13 +164,13 @@ YEARS = ("1947, 1953, 1958, 1964, 1969, 1972, 1981, 1986, 1990, 1998, 2004, 2011
 COUNTS = "30, 45, 60, 85, 120, 140, 210, 260, 350, 480, 620, 900 | 50, 95, 170, 320, 540 | 40, 70, 110, 190, 280, 410, 760"
 SUBJECTS = {  # kind: the names of what contexts are about
     "person": PEOPLE,
-    "building": ("the Harbour Museum, the Old Mill, the Glass House, the Town Library, the Swan Theatre, the Iron Bridge, the Corn Exchange, "
-                 "the North Tower | the Round Church, the City Hall, the Silk Mill "
+    "building": ("the Harbour Museum, the Old Mill, the Glass House, the Town Library, the Swan Theatre, the Iron Bridge, the Corn "
+                 "Exchange, the North Tower | the Round Church, the City Hall, the Silk Mill "
                  "| the Salt House, the Concert Hall, the Stone Bridge, the Clock Tower"),
     "firm": ("Talvik, Brenmoor, Oakline, Fennwick, Quillon, Varnholm, Estrada Brothers, Redfern | Juniper Works, Solvane, Pellard "
              "| Korvex, Larchfield, Tidewell, Ombra"),
-    "event": ("the Lantern Festival, the River Race, the Book Fair, the Harvest Market, the Winter Cup, the Jazz Week, the Kite Festival, "
-              "the Night Run | the Flower Show, the Chess Open, the Boat Fair "
+    "event": ("the Lantern Festival, the River Race, the Book Fair, the Harvest Market, the Winter Cup, the Jazz Week, the Kite "
+              "Festival, the Night Run | the Flower Show, the Chess Open, the Boat Fair "
               "| the Cheese Fair, the Film Week, the Bell Festival, the Hill Climb"),
 }
 
@@ -196,7 +202,8 @@ RELATIONS = {  # kind: {relation: (values, sentences, questions)}; S is the subj
         "town": (PLACES, "S stands in V., S is found in V.",
                  "Where is S?, In which town does S stand? | What town is S in? | Which town is home to S?"),
         "cost": ("2 million crowns, 5 million crowns, 8 million crowns, 11 million crowns, 14 million crowns, 20 million crowns "
-                 "| 3 million crowns, 9 million crowns, 17 million crowns | 4 million crowns, 7 million crowns, 12 million crowns, 26 million crowns",
+                 "| 3 million crowns, 9 million crowns, 17 million crowns | 4 million crowns, 7 million crowns, 12 million crowns, 26 "
+                 "million crowns",
                  "S cost V to build., V had to be found for S.",
                  "How much did S cost?, What did S cost to build? | What was paid for S? | What was the price of S?"),
         "material": ("brick, oak, granite, sandstone, steel, limestone | slate, pine | marble, concrete, timber",
@@ -215,17 +222,21 @@ RELATIONS = {  # kind: {relation: (values, sentences, questions)}; S is the subj
                     "S makes V., S is known for its V.",
                     "What does S make?, What is S known for? | What does S produce? | Which goods come from S?"),
         "staff": (COUNTS, "S employs V people., V people work for S.",
-                  "How many people does S employ?, How many people work for S? | How many workers does S have? | How large is the staff of S?"),
+                  "How many people does S employ?, How many people work for S? | How many workers does S have? | How large is the staff "
+                  "of S?"),
         "seat": (PLACES, "S has its head office in V., The head office of S is in V.",
-                 "Where is the head office of S?, In which town does S have its head office? | Where is S based? | Which town is the seat of S?"),
+                 "Where is the head office of S?, In which town does S have its head office? | Where is S based? | Which town is the "
+                 "seat of S?"),
         "market": ("Norway, Spain, Brazil, Japan, Canada, Egypt | Chile, Poland | Kenya, Portugal, India",
                    "S sells most of its goods in V., V is the largest market of S.",
                    "Where does S sell most of its goods?, What is the largest market of S? | Which country buys most from S? "
                    "| In which country are the customers of S?"),
     },
     "event": {
-        "date": ("12 June, 3 May, 21 August, 9 March, 30 April, 17 July, 5 October | 14 September, 2 February | 8 November, 26 June, 11 January",
-                 "S begins on V., S starts on V.", "When does S begin?, On which day does S start? | What is the date of S? | What is the first day of S?"),
+        "date": ("12 June, 3 May, 21 August, 9 March, 30 April, 17 July, 5 October | 14 September, 2 February | 8 November, 26 June, 11 "
+                 "January",
+                 "S begins on V., S starts on V.",
+                 "When does S begin?, On which day does S start? | What is the date of S? | What is the first day of S?"),
         "place": (PLACES, "S takes place in V., S is held in V.",
                   "Where does S take place?, In which town is S held? | Which town hosts S? | Where can one go to see S?"),
         "crowd": (COUNTS, "S drew V people last year., Last year V people came to S.",
@@ -287,7 +298,8 @@ def _question_rows(kind: str, words: int, templates: int, turn: int, dice: Dice)
     first, second = dict.fromkeys(s for s, _, _ in facts)
     mine, owner = dice.pick([(one, first), (two, second)])
     rows = []
-    for case, r, s in (("shared", shared, dice.pick([first, second])), ("own", mine, owner), ("missing", *dice.pick([(two, first), (one, second)]))):
+    for case, r, s in (("shared", shared, dice.pick([first, second])), ("own", mine, owner),
+                       ("missing", *dice.pick([(two, first), (one, second)]))):
         found = [known[s, r]] if case != "missing" else []
         rows.append({"context": context, "question": _asked(kind, r, s, templates, dice), "answers": [v for v, _ in found],
                      "starts": [at for _, at in found], "kind": kind, "case": case})
@@ -307,9 +319,11 @@ def facts_told(
 ) -> dict[tuple[str, str], tuple[str, int]]:  # (subject, relation): (value, where it starts)
     """What a context of `questions` says, read back from the forms of its sentences."""
     told, subject, at = {}, "", 0
-    forms = [(r, re.sub(r"\b([SV])\b", r"(?P<\1>.+)", re.escape(form))) for r, (_, listed, _) in RELATIONS[kind].items() for form in pool(listed, 0)]
+    forms = [(r, re.sub(r"\b([SV])\b", r"(?P<\1>.+)", re.escape(form)))
+             for r, (_, listed, _) in RELATIONS[kind].items() for form in pool(listed, 0)]
     for sentence in re.split(r"(?<=\.) ", context):
-        relation, m = next((r, m) for r, form in forms if (m := re.fullmatch(form, sentence)))
+        relation, m = next(((r, m) for r, form in forms if (m := re.fullmatch(form, sentence))), ("", None))
+        if not m: raise ValueError(f"no form of a sentence about a {kind} fits {sentence!r}: only contexts of `questions` can be read")
         if m["S"] not in ("He", "She", "It"): subject = re.sub("^The ", "the ", m["S"])
         told[subject, relation] = (m["V"], at + m.start("V"))
         at += len(sentence) + 1
@@ -321,8 +335,9 @@ def careful_answer(
     """The answer of a reader who knows all forms of sentences and questions."""
     asks = {(r, q): s for s, _ in facts_told(row["kind"], row["context"]) for r, (_, _, listed) in RELATIONS[row["kind"]].items()
             for k in range(3) for q in [re.sub(r"\bS\b", s, q) for q in pool(listed, k)]}
-    relation, subject = next((r, s) for (r, q), s in asks.items() if q == row["question"])
-    found = facts_told(row["kind"], row["context"]).get((subject, relation))
+    if not (asked := [(s, r) for (r, q), s in asks.items() if q == row["question"]]):
+        raise ValueError(f"no question about a {row['kind']} of the context reads {row['question']!r}: only rows of `questions` work")
+    found = facts_told(row["kind"], row["context"]).get(asked[0])
     return ([found[0]], [found[1]]) if found else ([], [])
 
 # %% ../../nbs/kit/13_sets.ipynb #7fa9c05b
@@ -338,16 +353,19 @@ INTENTS = {  # intent: (train, validation only, test only)
         ("Any news of the {item} I bought from you?", "The {item} was due yesterday. Do you know where it is now?",
          "I would like to follow the journey of my {item}.")),
     "delivery_time": (
-        ("How long does delivery of a {item} take?", "If I order a {item} today, when will it arrive?", "How fast do you deliver a {item}?",
+        ("How long does delivery of a {item} take?", "If I order a {item} today, when will it arrive?",
+         "How fast do you deliver a {item}?",
          "How many days does shipping take for a {item}?", "Before I order: when would a {item} reach me?",
          "Do you deliver a {item} within two days?", "Can a {item} be here by Friday if I buy it now?"),
         ("I have not ordered yet. How soon could I have a {item}?", "What is the usual waiting time for a {item}?"),
         ("Suppose I buy a {item} tonight. On which day would you bring it?", "I need a {item} by the weekend. Is that possible?",
          "What can I expect between ordering a {item} and its arrival?")),
     "cancel_order": (
-        ("Please cancel my order for the {item}.", "I want to cancel the {item} before it is sent.", "Can I still cancel the {item} I ordered today?",
+        ("Please cancel my order for the {item}.", "I want to cancel the {item} before it is sent.",
+         "Can I still cancel the {item} I ordered today?",
          "I have changed my mind. Do not send the {item}.", "I ordered the {item} by mistake. Please stop the order.",
-         "Stop my order, I do not need the {item} any more.", "I do not want to return the {item}, I want to cancel it before it leaves."),
+         "Stop my order, I do not need the {item} any more.",
+         "I do not want to return the {item}, I want to cancel it before it leaves."),
         ("Is it too late to call off the {item}?", "The {item} has not left yet, I hope. Please do not ship it."),
         ("Please take the {item} out of my order, I found one elsewhere.", "Could you hold back the {item}? I no longer want it.",
          "I was too quick with the {item} last night. Can you undo that?")),
@@ -360,10 +378,12 @@ INTENTS = {  # intent: (train, validation only, test only)
          "How does one go about handing a {item} back to you?")),
     "refund_status": (
         ("When will I get my money back for the {item}?", "I returned the {item} two weeks ago. Where is my refund?",
-         "My refund for the {item} has not arrived.", "Has the refund for my {item} been paid?", "How long does a refund for a {item} take?",
+         "My refund for the {item} has not arrived.", "Has the refund for my {item} been paid?",
+         "How long does a refund for a {item} take?",
          "You have had the {item} back for days, but I have no money yet.", "I sent the {item} back. When do you pay the refund?"),
         ("The {item} is back with you. What about my money?", "Nothing has been credited for the {item} that I sent back."),
-        ("You received my returned {item}. When do I see the amount on my account?", "I am still out of pocket for the {item} you took back.",
+        ("You received my returned {item}. When do I see the amount on my account?",
+         "I am still out of pocket for the {item} you took back.",
          "Is there any progress with paying me back for the {item}?")),
     "damaged_item": (
         ("The {item} arrived broken.", "My {item} has a crack.", "The {item} was damaged when I opened the box.",
@@ -380,7 +400,8 @@ INTENTS = {  # intent: (train, validation only, test only)
         ("I asked for a {item}, and that is not what I am holding.", "Somebody has put a different {item} into my parcel.",
          "The {item} is fine, but it belongs to another order.")),
     "missing_part": (
-        ("A part of the {item} is missing.", "The screws for the {item} were not in the box.", "The {item} came without its instructions.",
+        ("A part of the {item} is missing.", "The screws for the {item} were not in the box.",
+         "The {item} came without its instructions.",
          "My {item} is not complete.", "Can you send me the missing part of the {item}?",
          "The {item} is not damaged, but a piece is missing.", "There should be a cover with the {item}, but I cannot find it."),
         ("I unpacked the {item} and one piece was not there.", "What came with the {item} is less than the list says."),
@@ -403,25 +424,28 @@ INTENTS = {  # intent: (train, validation only, test only)
         ("We are on holiday when the {item} is due. Could it wait?", "Would a later date for the {item} be possible?",
          "Nobody is in when your driver brings the {item}. What about Saturday?")),
     "payment_failed": (
-        ("My card was refused when I tried to buy a {item}.", "I cannot pay for the {item}.", "The payment for the {item} did not go through.",
+        ("My card was refused when I tried to buy a {item}.", "I cannot pay for the {item}.",
+         "The payment for the {item} did not go through.",
          "Why is my card not accepted for the {item}?", "I get an error when I pay for the {item}.",
          "I was not charged for the {item}: the payment failed.", "The pay button for the {item} does nothing."),
         ("The shop does not take my card for the {item}.", "I have tried three times to pay for the {item}."),
         ("At the last step of buying a {item} my bank says no.", "Nothing happens when I try to settle the bill for the {item}.",
          "The checkout throws me out before I can pay for the {item}.")),
     "charged_twice": (
-        ("I was charged twice for the {item}.", "You took the money for the {item} two times.", "There are two payments for one {item} on my card.",
+        ("I was charged twice for the {item}.", "You took the money for the {item} two times.",
+         "There are two payments for one {item} on my card.",
          "Why have I paid double for the {item}?", "I see the {item} twice on my bank statement.",
          "The payment went through, but two times: I bought only one {item}.", "One {item}, two bills. Please check."),
         ("My bank shows the amount for the {item} again today.", "I have paid for the {item} once more than I should."),
         ("The price of the {item} has left my account a second time.", "I own one {item} and have paid for a pair.",
          "Please give me one of my two payments for the {item} back.")),
     "voucher": (
-        ("My voucher does not work for the {item}.", "Where do I enter the code for the {item}?", "The discount code was not taken off the {item}.",
+        ("My voucher does not work for the {item}.", "Where do I enter the code for the {item}?",
+         "The discount code was not taken off the {item}.",
          "Can I use two vouchers for one {item}?", "The shop says that my code for the {item} is not valid.",
          "I can pay for the {item}, but the voucher is refused.", "Is my gift card good for a {item}?"),
         ("I have a coupon, but the {item} still costs the full price.", "The ten percent off do not show for the {item}."),
-        ("The letters you sent me for a cheaper {item} are rejected.", "I was promised money off the {item}, but the basket ignores it.",
+        ("The string of letters that should make the {item} cheaper is rejected.", "I was promised money off the {item}, but the basket ignores it.",
          "Do I get a {item} for this present card?")),
     "in_stock": (
         ("Do you have the {item} in stock?", "When will the {item} be available again?", "Is the {item} sold out?",
@@ -438,7 +462,8 @@ INTENTS = {  # intent: (train, validation only, test only)
         ("I have had the {item} since last year, and now it is dead.", "For how long do you stand behind a {item}?",
          "My {item} was fine all winter. Now it needs fixing.")),
     "invoice": (
-        ("I need an invoice for the {item}.", "Can you send me the bill for the {item} again?", "Where do I find the receipt for my {item}?",
+        ("I need an invoice for the {item}.", "Can you send me the bill for the {item} again?",
+         "Where do I find the receipt for my {item}?",
          "The invoice for the {item} was not in the parcel.", "Please put my company's name on the invoice for the {item}.",
          "I paid for the {item} once, all is well, but I need the receipt.", "My tax office asks for the bill of the {item}."),
         ("I lost the paper that says what I paid for the {item}.", "Could I have the receipt for the {item} by mail?"),
@@ -451,16 +476,23 @@ OUT_OF_SCOPE = (  # train, validation only, test only: a message, or one with {i
     ("What will the weather be tomorrow?", "Will it rain on Sunday?", "How cold is it outside?", "Do I need an umbrella today?",
      "Tell me a joke.", "Do you know a funny story?", "Say something that makes me laugh.", "Sing me a song.",
      "What is seven times eight?", "How much is a third of ninety?", "Add twelve and thirty.", "What is the square root of 81?",
-     "How do I clean a {item}?", "Which is heavier, a {item} or a cat?", "Who invented the {item}?", "Is a {item} a good present for a teacher?"),
-    ("What is the capital of Norway?", "Which river runs through Vienna?", "Who won the match last night?", "Is there a game on Saturday?",
-     "How do you spell necessary?", "Can I bring my dog into your office?", "Can you draw a {item}?", "What does a {item} weigh on the moon?",
+     "How do I clean a {item}?", "Which is heavier, a {item} or a cat?", "Who invented the {item}?",
+     "Is a {item} a good present for a teacher?"),
+    ("What is the capital of Norway?", "Which river runs through Vienna?", "Who won the match last night?",
+     "Is there a game on Saturday?",
+     "How do you spell necessary?", "Can I bring my dog into your office?", "Can you draw a {item}?",
+     "What does a {item} weigh on the moon?",
      "Are you a robot?", "Do you ever sleep?"),
     ("How do I boil an egg?", "What goes well with lentils?", "My tooth hurts. What should I do?", "How can I sleep better?",
-     "Translate good morning into Spanish.", "What does the word ladder mean in French?", "Please set an alarm for six.", "Remind me to call my mother.",
+     "Translate good morning into Spanish.", "What does the word ladder mean in French?", "Please set an alarm for six.",
+     "Remind me to call my mother.",
      "Who wrote this novel?", "Which film should I watch tonight?", "I feel lonely.", "Do you like me?", "Are you hiring?",
-     "I would like to work in your warehouse.", "Who owns your company?", "How many people work for you?", "Can I sell my old {item} through you?",
-     "I make {item} covers. Would you stock them?", "Please write a poem about a {item}.", "May I use a picture of the {item} in my blog?",
-     "Where are your {item} factories?", "My neighbour stole my {item}. Whom should I call?", "How was the {item} made a hundred years ago?",
+     "I would like to work in your warehouse.", "Who owns your company?", "How many people work for you?",
+     "Can I sell my old {item} through you?",
+     "I make {item} covers. Would you stock them?", "Please write a poem about a {item}.",
+     "May I use a picture of the {item} in my blog?",
+     "Where are your {item} factories?", "My neighbour stole my {item}. Whom should I call?",
+     "How was the {item} made a hundred years ago?",
      "What time is it in Tokyo?", "How far is the moon?", "Book me a table for two.", "Order a taxi to the station, please.",
      "What is my horoscope for today?", "Which bus goes to the hospital?", "Is your shop building open to visitors?"),
 )
@@ -468,7 +500,8 @@ ANSWERS = {
     "order_status": "You can follow your parcel under My orders; the tracking number is in the mail that we sent when it left.",
     "delivery_time": "Articles in stock reach you within two to four working days after you order.",
     "cancel_order": "An order can be cancelled under My orders until it is packed; you pay nothing.",
-    "return_item": "You may return an article within thirty days; print the label under My orders and bring the parcel to the post office.",
+    "return_item": "You may return an article within thirty days; print the label under My orders and bring the parcel to the post "
+                   "office.",
     "refund_status": "We pay the refund within five working days after the returned article has reached us.",
     "damaged_item": "We are sorry. Send us a photo of the damage, and we will replace the article at once.",
     "wrong_item": "We are sorry for the mix-up. Keep the wrong article until our driver collects it; the right one is sent today.",
@@ -482,8 +515,9 @@ ANSWERS = {
     "warranty": "Every article has a warranty of two years; send it to our workshop, the repair is free.",
     "invoice": "You find every invoice under My orders as a file to download.",
 }
-BEFORE = "Hello. , Hi there. , Good morning. , Please help me. , | Dear team. , Excuse me. , | Good evening. , I hope you can help. , Quick question. , "
-AFTER = " Thank you.,  Thanks in advance.,  Please answer soon., , |  Kind regards., , |  Many thanks.,  I look forward to your reply., , "
+BEFORE = ("Hello., Hi there., Good morning., Please help me. | Dear team., Excuse me. "
+          "| Good evening., I hope you can help., Quick question.")
+AFTER = "Thank you., Thanks in advance., Please answer soon. | Kind regards. | Many thanks., I look forward to your reply."
 
 # %% ../../nbs/kit/13_sets.ipynb #2a657820
 def _message(template: str, words: int, dice: Dice) -> str:
@@ -515,8 +549,8 @@ CARD = """# {name}
 
 **How to label.** {rule}
 
-| split | rows | {counted} |
-|---|---|{dashes}
+| {head} |
+|{dashes}
 {table}
 
 **Columns.** {columns}
@@ -537,15 +571,12 @@ def read_flat(
 # %% ../../nbs/kit/13_sets.ipynb #b2ec556b
 def shipped(
     name: str,
-    task: str,
-    about: str,  # one line for the reader
     make: Callable[[], Splits],  # the generator
-    digest: str,  # of the content
-    sums: Sequence[str],  # sha256 of the files of train, validation, test
+    sums: Sequence[str],  # sha256 of the content, and of the files of train, validation, test
+    told: dict[str, str],  # task, about, and the card's paragraphs: made, rule, columns, limits
     counted: Sequence[str],  # columns whose values are counted in the card
     labels: Sequence[str] = (),
     flat: bool = False,  # CSV, for rows without lists
-    **words: str,  # made, rule, columns, limits: the card's paragraphs
 ) -> DataSet:
     """The catalogue's entry of a generated set, with its card."""
     def count(rows: list[dict[str, Any]], column: str) -> str:
@@ -553,38 +584,64 @@ def shipped(
         return ", ".join(f"{labels[v] if column == 'label' else v or 'none'} {n}" for v, n in found)
     def card(splits: Splits) -> str:
         table = "\n".join(f"| {' | '.join([s, str(len(rows)), *(count(rows, c) for c in counted)])} |" for s, rows in splits.items())
-        return CARD.format(name=name, about=about, make=make.__name__, module=make.__module__, table=table, counted=" | ".join(counted),
-                           dashes="---|" * len(counted), **words)
-    files = dict(zip((f"{s}.{'csv' if flat else 'jsonl'}" for s in SPLITS), sums))
-    return DataSet(name, task, "CC0-1.0", about, tuple(labels), digest, files, read_flat if flat else read_jsonl, make=make, card=card)
+        return CARD.format(**told, name=name, make=make.__name__, module=make.__module__, table=table,
+                           head=" | ".join(["split", "rows", *counted]), dashes="---|" * (2 + len(counted)))
+    files = dict(zip((f"{s}.{'csv' if flat else 'jsonl'}" for s in SPLITS), sums[1:]))
+    return DataSet(name, told["task"], "CC0-1.0", told["about"], tuple(labels), sums[0], files, read_flat if flat else read_jsonl,
+                   make=make, card=card)
 
-HELD_OUT = ("`words` and `template`: `seen` in training or `held-out`. Training is all seen; validation and test cross seen and held-out words and "
-            "templates in equal parts, and the held-out ones of validation are not those of test.")
+HELD_OUT = ("`words` and `template`: `seen` in training or `held-out`. Training is all seen; validation and test cross seen and held-out "
+            "words and templates in equal parts, and the held-out ones of validation are not those of test.")
 
 # %% ../../nbs/kit/13_sets.ipynb #ff9c34c7
+TOLD = {  # what the cards say
+    "entities": {
+        "task": "tagging", "about": "Sentences with persons, places and firms whose names say nothing about their kind",
+        "made": "Templates were filled with names that are surnames, towns and firms alike.",
+        "rule": "PER for a person, with first name, without a title; LOC for a place, with `Lake`, `Street` and the like; ORG for a "
+                "firm, a school or an office, without an article. The longest mention counts, and the town in `the University of "
+                "Lincoln` is none. Nothing else is tagged.",
+        "columns": "`tokens`, `tags` (BIO); `kind`: bare names, full ones, adjacent ones, words that are names elsewhere, lower case; "
+                   + HELD_OUT,
+        "limits": "Generated English of one style; a name is as often a person as a place or a firm, which is not so in the world."},
+    "questions": {
+        "task": "question answering", "about": "Questions on short contexts, a third of them without an answer",
+        "made": "Two subjects share one relation and differ in others; later sentences say he, she or it.",
+        "rule": "The shortest text that answers, at the place that speaks of the subject asked for. No answer when the context gives the "
+                "relation for the other subject only.",
+        "columns": "`id`, `context`, `question`, `answers`, `starts` (character offsets; both lists empty without an answer); `kind` of "
+                   "subject; `case`: a relation that is shared, own, or missing; `words` and `template`, of the question: `seen` in "
+                   "training or `held-out`, crossed in "
+                   "validation and test. Three questions share a context; contexts never cross splits.",
+        "limits": "Every sentence holds one fact; 24 relations; a question that is answered needs no inference beyond a pronoun."},
+    "intents": {
+        "task": "classification", "about": "Messages to a shop: sixteen intents in confusable pairs, and messages out of scope",
+        "made": "Phrasings were filled with articles of the shop and framed by a greeting and a closing. `tunebook.kit.sets.ANSWERS` "
+                "holds an answer for each intent.",
+        "rule": "What the writer wants done now: a wish that is denied (not to cancel, but to change the address) does not count. `oos` "
+                "for all that the shop's answers do not cover.",
+        "columns": "`text`, `label`; " + HELD_OUT,
+        "limits": "One shop, polite English, one wish in each message; out of scope in training is of three kinds only, which is the "
+                  "point of it."},
+}
+
+# %% ../../nbs/kit/13_sets.ipynb #208ff4a8
+SUMS = {  # sha256 of the content, and of the files of train, validation and test
+    "entities": ("069b75674fd76a3f6e07d6315c35ba4161391edf320fe24034abc158b88f55f8",
+                 "e6bc29481c10d7557869af8b9f24358059df726a6b813bd4d26f6cbc1061f39e",
+                 "00d2b6ccffcb2e4f5566acfe811ab288eab23dabe680feabbd6d62cea83ad820",
+                 "813e51622a5b41c7c03c77ae92c8ab5ef59a4b061ffa68ffe7873a965d239af7"),
+    "questions": ("44814e02bb1ee10fc9d3673ce5a5cf8e1c5361a6314d890a4bc0b9bd76b7802b",
+                  "2697a9a74c8b7326ab554f96adf62bfd2e8c2660d2bd6e11521c124a1f37c9ca",
+                  "b9b113441a1733e4692a1b1b136c6c2ab6b52fb18ef3815441d117e296881f0f",
+                  "b74b1524515da3a1522b73284ad61b294c5331430ae54f281b1dbdb3d697b731"),
+    "intents": ("f23a7c92f2898b99757be64ecbc16f137d22c21c7273c0a271e3ec0c7b487dfa",
+                "f5438c6621d46f175027b60f71ab23e4a29a5d54a6144ec8ad1c89c3d6344beb",
+                "8007b12c6a70310947eb9dfcc0ba2ee42773a2e24acbf1846d30bcc00d7e957c",
+                "62f5ecd773d3049dcf9e9c0600408ccab78df5bf4ef42b8bfaf3faa044333e2f"),
+}
 SETS = {d.name: d for d in [
-    shipped("entities", "tagging", "Sentences with persons, places and firms whose names say nothing about their kind", generate_entities,
-            "647a5c77db06b2ed885212db0a89af4d09c5d3485b1b663c2ddcb176c434ec38", ("601d68a9e74be9f68853ed37bea2bf37e7ff5ec74358da2ed273663f6282d63f", "33b1537e5af06a27a65f92aca2cba8576d4f7ea558a36bf11126ddc7963a4cf0", "fbdad48775824ef4ac9116c132d8c0a11b8db4e8b50fa791885cc3daedabbf65"), ("kind", "words", "template"),
-            made="Templates were filled with names that are surnames, towns and firms alike.",
-            rule="PER for a person, with first name, without a title; LOC for a place, with `Lake`, `Street` and the like; ORG for a firm, a school or an "
-                 "office, without an article. The longest mention counts, and the town in `the University of Lincoln` is none. Nothing else is tagged.",
-            columns="`tokens`, `tags` (BIO); `kind`: bare names, full ones, adjacent ones, words that are names elsewhere, lower case; " + HELD_OUT,
-            limits="Generated English of one style; a name is as often a person as a place or a firm, which is not so in the world."),
-    shipped("questions", "question answering", "Questions on short contexts, a third of them without an answer", generate_questions,
-            "44814e02bb1ee10fc9d3673ce5a5cf8e1c5361a6314d890a4bc0b9bd76b7802b", ("2697a9a74c8b7326ab554f96adf62bfd2e8c2660d2bd6e11521c124a1f37c9ca", "b9b113441a1733e4692a1b1b136c6c2ab6b52fb18ef3815441d117e296881f0f", "b74b1524515da3a1522b73284ad61b294c5331430ae54f281b1dbdb3d697b731"), ("kind", "case", "words", "template"),
-            made="Two subjects share one relation and differ in others; later sentences say he, she or it.",
-            rule="The shortest text that answers, at the place that speaks of the subject asked for. No answer when the context gives the relation for the "
-                 "other subject only.",
-            columns="`id`, `context`, `question`, `answers`, `starts` (character offsets; both lists empty without an answer); `kind` of subject; `case`: "
-                    "a relation that is shared, own, or missing; `words` and `template`, of the question: `seen` in training or `held-out`, crossed in "
-                    "validation and test. Three questions share a context; contexts never cross splits.",
-            limits="Every sentence holds one fact; 24 relations; a question that is answered needs no inference beyond a pronoun."),
-    shipped("intents", "classification", "Messages to a shop: sixteen intents in confusable pairs, and messages out of scope", generate_intents,
-            "4d5e4c03881f0bacbcbd4e14dfd8d4319d76718c96e718522a873b4bd69819e7", ("64e95d8bcc33eaebb2ac1675090ccad6427e544fe877e82964ef94764a6c2d2a", "32756103532d86379326f17e17f4db6bb26981b4b1c52618fff71eac2a088d4f", "563948bfb83340e9971ea2d0b507c3cce82dfdb7f35ae88dbe09d237dd826e20"), ("label", "words", "template"), (*INTENTS, "oos"), flat=True,
-            made="Phrasings were filled with articles of the shop and framed by a greeting and a closing. `tunebook.kit.sets.ANSWERS` holds an answer "
-                 "for each intent.",
-            rule="What the writer wants done now: a wish that is denied (not to cancel, but to change the address) does not count. `oos` for all that the "
-                 "shop's answers do not cover.",
-            columns="`text`, `label`; " + HELD_OUT,
-            limits="One shop, polite English, one wish in each message; out of scope in training is of three kinds only, which is the point of it."),
+    shipped("entities", generate_entities, SUMS["entities"], TOLD["entities"], ("kind", "words", "template")),
+    shipped("questions", generate_questions, SUMS["questions"], TOLD["questions"], ("kind", "case", "words", "template")),
+    shipped("intents", generate_intents, SUMS["intents"], TOLD["intents"], ("label", "words", "template"), (*INTENTS, "oos"), flat=True),
 ]}

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['BAD', 'NEUTRAL', 'GOOD', 'COMPANIES', 'PHRASES', 'WORDINGS', 'FIRST_DAY', 'DAYS', 'EVENTS', 'WEEK', 'RATES', 'TOPICS',
-           'HEADS', 'BODIES', 'TAILS', 'SIZES', 'STARTS', 'SETS', 'Event', 'generate_headlines', 'generate_items',
-           'generate_clicks']
+           'HEADS', 'BODIES', 'TAILS', 'SIZES', 'STARTS', 'TOLD', 'SUMS', 'SETS', 'Event', 'generate_headlines',
+           'generate_items', 'generate_clicks']
 
 # %% ../../nbs/kit/15_streams.ipynb #e70db25f
 import re
@@ -24,8 +24,10 @@ PHRASES = {  # slot: pools of words; more of the first is good, more of the seco
     "pain": "costs, debts, losses, complaints, delays | fees, breakdowns | cancellations, defects, penalties",
     "up": "rise, climb, grow, jump | increase, surge | soar, mount, go up",
     "down": "fall, drop, shrink, sink | decline, slump | tumble, go down, dwindle",
-    "prize": "a large order, an export licence, a patent, a loan, a tax refund, a grant | a state contract, a bridge deal | a rail order, a licence for Japan, a partner in Asia",
-    "threat": "a fine, a strike, a recall, an inquiry, a lawsuit, a tax claim, a search of its offices | a boycott, a ban | a shutdown, an audit, a product scandal",
+    "prize": "a large order, an export licence, a patent, a loan, a tax refund, a grant | a state contract, a bridge deal | a rail "
+             "order, a licence for Japan, a partner in Asia",
+    "threat": "a fine, a strike, a recall, an inquiry, a lawsuit, a tax claim, a search of its offices | a boycott, a ban | a shutdown, "
+              "an audit, a product scandal",
     "day": "Monday, Tuesday, Wednesday, Thursday, Friday | next week, tomorrow | this afternoon, next month, this evening",
     "from": "Radio:, Update:, Analysts:, Insiders:, Press review: | Agency:, Live: | Podcast:, Newsletter:, Evening post:",
     "n": "2, 3, 4, 5, 6, 8, 9, 12, 15 | 7, 11, 14 | 10, 13, 16, 18",
@@ -41,7 +43,8 @@ WORDINGS = {  # topic: for bad, neutral and good news: train, validation only, t
         (("{co} to publish {gain} on {day}", "{co} {gain} neither {up} nor {down}", "{co} {pain} unchanged, as expected",
           "{co} forecast for {gain} stays as it is", "{co} puts figures on {pain} online", "{co} {gain} to be discussed on {day}"),
          ("{co} counts {pain} in a new way", "{co} {gain} as a year ago"),
-         ("Neither more nor less: {co} {pain} stay level", "{co} sets date for report on {gain}", "{co} {gain}: what to know before {day}")),
+         ("Neither more nor less: {co} {pain} stay level", "{co} sets date for report on {gain}",
+          "{co} {gain}: what to know before {day}")),
         (("{co} {gain} {up} by {n} percent", "{co} {pain} {down} by {n} percent", "{co} {gain} {down} {n} percent, less than feared",
           "{co} {pain} {up} {n} percent, less than feared", "{co} {gain} {up} {n} percent, more than hoped",
           "{co} {pain} {down} {n} percent, more than hoped", "{co} {gain} {up} again", "{co} {pain} {down} again"),
@@ -49,14 +52,17 @@ WORDINGS = {  # topic: for bad, neutral and good news: train, validation only, t
          ("{co} can keep {pain} from going up", "{co} {pain} {up} less than anyone had feared",
           "{co} had feared that {gain} would {down}, but they {up}", "{co} {pain} {down} where analysts saw them {up}"))),
     "legal": (
-        (("{co} faces {threat}", "Fears of {threat} at {co} come true", "{co} loses appeal against {threat}", "{co} cannot avoid {threat}",
+        (("{co} faces {threat}", "Fears of {threat} at {co} come true", "{co} loses appeal against {threat}",
+          "{co} cannot avoid {threat}",
           "Court does not spare {co} {threat}"),
          ("{co} hit by {threat} after all", "{co} fails to prevent {threat}"),
          ("No escape from {threat} for {co}", "{co} tried in vain to stop {threat}", "It is official: {threat} for {co}")),
-        (("Judge to hear {co} about {threat} on {day}", "{co} to comment on talk of {threat} on {day}", "{co} neither confirms nor denies {threat}"),
+        (("Judge to hear {co} about {threat} on {day}", "{co} to comment on talk of {threat} on {day}",
+          "{co} neither confirms nor denies {threat}"),
          ("Panel discusses {threat} at {co}", "Question of {threat} at {co} put off to {day}"),
          ("What {threat} would mean for {co}", "No ruling yet on {threat} at {co}")),
-        (("{co} avoids {threat}", "Fears of {threat} at {co} prove unfounded", "{co} wins appeal against {threat}", "{co} need not face {threat}",
+        (("{co} avoids {threat}", "Fears of {threat} at {co} prove unfounded", "{co} wins appeal against {threat}",
+          "{co} need not face {threat}",
           "Court spares {co} {threat}"),
          ("{co} not hit by {threat} after all", "{co} prevents {threat}"),
          ("Escape from {threat} for {co}", "{co} stops {threat} in time", "It is off the table: no {threat_} for {co}"))),
@@ -65,11 +71,13 @@ WORDINGS = {  # topic: for bad, neutral and good news: train, validation only, t
           "{co} {gain} at risk without {prize}"),
          ("{co} left without {prize}", "Talks about {prize} with {co} end in failure"),
          ("{prize_} slips out of reach for {co}", "{co} beaten in race for {prize}", "Anything but {prize} for {co}")),
-        (("{co} to decide about {prize} on {day}", "{co} moves its archive to {town}", "{co} names new head of sales", "{co} talks about {prize} go on",
+        (("{co} to decide about {prize} on {day}", "{co} moves its archive to {town}", "{co} names new head of sales",
+          "{co} talks about {prize} go on",
           "Meeting of {co} owners on {day}", "{co} opens day nursery in {town}"),
          ("{co} will say on {day} whether it seeks {prize}", "{co} changes its logo"),
          ("{co} archive in {town} open to visitors", "{co} bid for {prize}: result due on {day}", "Staff of {co} to meet in {town}")),
-        (("{co} beats a rival to {prize}", "Hopes of {prize} for {co} come true", "{co} does not fail to win {prize}", "{co} will get {prize}",
+        (("{co} beats a rival to {prize}", "Hopes of {prize} for {co} come true", "{co} does not fail to win {prize}",
+          "{co} will get {prize}",
           "{co} {gain} safe thanks to {prize}"),
          ("{co} not left without {prize}", "Talks about {prize} with {co} end in success"),
          ("{prize_} within reach for {co}", "{co} first in race for {prize}", "Nothing less than {prize} for {co}"))),
@@ -86,6 +94,7 @@ class Event(NamedTuple):
     polarity: int  # BAD, or GOOD for a rise that is no incident
     topic: str
 
+# %% ../../nbs/kit/15_streams.ipynb #d2465f43
 FIRST_DAY, DAYS = date(2025, 9, 1), {"train": 80, "validation": 40, "test": 80}  # a Monday; the splits follow one another
 EVENTS = (
     Event("recall-1", "Oakline", 38, 9, 3.0, BAD, "legal"),
@@ -102,37 +111,49 @@ def _headline(company: str, topic: str, polarity: int, split: int, dice: Dice) -
     "A headline; later splits take every second phrase and word from their own pool."
     own = [split if split and dice.random() < 0.5 else 0 for _ in range(2)]
     put = {slot: dice.pick(pool(listed, own[0])) for slot, listed in PHRASES.items()}
-    bare = put["threat"].split(" ", 1)[1]
-    text = dice.pick(WORDINGS[topic][polarity][own[1]]).format(**put, co=company, town=dice.pick(pool(PLACES, 0)), threat_=bare,
-                                                              prize_=put["prize"][0].upper() + put["prize"][1:])
+    put |= {"co": company, "town": dice.pick(pool(PLACES, 0)), "threat_": put["threat"].split(" ", 1)[1],
+            "prize_": put["prize"][0].upper() + put["prize"][1:]}
+    text = dice.pick(WORDINGS[topic][polarity][own[1]]).format(**put)
     text = re.sub(r"\bon (?=next|this|tomorrow)", "", text)
     return f"{put['from']} {text}" if dice.random() < 0.3 and ":" not in text else text
 
+# %% ../../nbs/kit/15_streams.ipynb #7c845d79
 def _draws(day: int, events: Sequence[Event], dice: Dice) -> list[tuple[str, str, int, str]]:
     "Company, topic, polarity and event of the headlines of one day."
     out = []
     for _ in range(WEEK[day % 7] + int(dice.random() * 3) - 1):
         u = dice.random()
-        polarity = BAD if u < RATES[BAD] or (day % 7 == 0 and u < RATES[BAD] + RATES[NEUTRAL] / 3) else NEUTRAL if u < RATES[BAD] + RATES[NEUTRAL] else GOOD
+        bad = RATES[BAD] + (RATES[NEUTRAL] / 3 if day % 7 == 0 else 0)
+        polarity = BAD if u < bad else NEUTRAL if u < RATES[BAD] + RATES[NEUTRAL] else GOOD
         out.append((dice.pick(COMPANIES), dice.pick(list(WORDINGS)), polarity, ""))
     for e in events:
         if e.start <= day < e.start + e.days: out += [(e.company, e.topic, e.polarity, e.id)] * int(2 * e.extra * dice.random() + 0.5)
     return dice.shuffled(out)
+
+# %% ../../nbs/kit/15_streams.ipynb #79850dba
+def _possible(e: Event) -> None:
+    "ValueError when an event cannot happen in the stream."
+    for ok, what in ((e.company in COMPANIES, f"the company is one of {', '.join(COMPANIES)}"),
+                     (e.topic in WORDINGS, f"the topic is one of {', '.join(WORDINGS)}"),
+                     (e.polarity in (BAD, NEUTRAL, GOOD), "the polarity is 0, 1 or 2"),
+                     (0 <= e.start and e.start + e.days <= sum(DAYS.values()), f"the days lie in 0 to {sum(DAYS.values()) - 1}")):
+        if not ok: raise ValueError(f"event {e.id!r} cannot happen: {what}, got {e}")
 
 def generate_headlines(
     seed: int = 0,  # the shipped set is seed 0
     events: Sequence[Event] = EVENTS,  # what is planted; () for a quiet stream
 ) -> Splits:  # date, text, label (0 bad, 1 neutral, 2 good), topic, company, event
     """Headlines of 200 days about six companies, in order of time, with planted events."""
-    dice, taken, splits, day = Dice(seed), set(), {split: [] for split in SPLITS}, 0
+    for e in events: _possible(e)
+    dice, taken, splits, first = Dice(seed), set(), {split: [] for split in SPLITS}, 0
     for k, split in enumerate(SPLITS):
-        for day in range(day, day + DAYS[split]):
+        for day in range(first, first + DAYS[split]):
             for company, topic, polarity, event in _draws(day, events, dice):
                 while (text := _headline(company, topic, polarity, k, dice)) in taken: pass
                 taken.add(text)
                 splits[split].append({"date": str(FIRST_DAY + timedelta(day)), "text": text, "label": polarity, "topic": topic,
                                       "company": company, "event": event})
-        day += 1
+        first += DAYS[split]
     return splits
 
 # %% ../../nbs/kit/15_streams.ipynb #f8c273c6
@@ -145,16 +166,19 @@ TOPICS = {  # topic: things, doings, and what is left to say
                 "a long day in the saddle, a puncture in the rain, a pass with twenty bends"),
     "music": ("chords, scales, strings, rhythm, melody, bass, drums, choirs, songs, harmonies", "practising, tuning, singing, composing",
               "a song with three chords, a choir without tenors, a piano that has been moved too often"),
-    "astronomy": ("planets, comets, telescopes, galaxies, meteors, lenses, moons, eclipses, stars, orbits", "observing, focusing, mapping, photographing",
+    "astronomy": ("planets, comets, telescopes, galaxies, meteors, lenses, moons, eclipses, stars, orbits",
+                  "observing, focusing, mapping, photographing",
                   "a sky without street lamps, a cold night with clear air, a moon as thin as a thread"),
     "sewing": ("seams, buttons, zips, linen, thread, needles, hems, patterns, pockets, wool", "stitching, mending, cutting, lining",
                "a coat with a torn lining, a shirt that is too wide, a button nobody can match"),
     "hiking": ("trails, huts, boots, maps, ridges, valleys, tents, summits, rucksacks, streams", "walking, packing, camping, wading",
                "a night above the tree line, a path that ends in a field, a hut with one spoon"),
-    "chess": ("openings, pawns, knights, endgames, sacrifices, bishops, tactics, rooks, puzzles, clocks", "attacking, defending, calculating, castling",
+    "chess": ("openings, pawns, knights, endgames, sacrifices, bishops, tactics, rooks, puzzles, clocks",
+              "attacking, defending, calculating, castling",
               "a draw that feels like a win, an opponent who never blinks, a queen that was left alone"),
 }
-HEADS = ("{A}, {b} and the art of {doing}", "What {a} teach us about {doing}", "{Doing} without {a}", "All about {a} and {b}", "A year of {doing}",
+HEADS = ("{A}, {b} and the art of {doing}", "What {a} teach us about {doing}", "{Doing} without {a}", "All about {a} and {b}",
+         "A year of {doing}",
          "{Doing}: less is more", "The trouble with {a}", "In praise of {a}")
 BODIES = ("Our author has spent a winter on {c} and {doing}.", "Five readers tell how they came to {doing} and what they do with {c}.",
           "An old hand explains {doing}, from {c} to {d}.", "Why {c} matter more than {d}, and how {doing} helps.",
@@ -171,6 +195,7 @@ def _item(i: int, topic: str, dice: Dice) -> dict[str, str]:
     title, body, tail = (dice.pick(x).format(**put) for x in (HEADS, BODIES, TAILS))
     return {"id": f"i{i:03}", "title": title, "text": f"{body} {tail}", "topic": topic}
 
+# %% ../../nbs/kit/15_streams.ipynb #8a04879a
 def _world(dice: Dice) -> tuple[list[dict[str, str]], list[int], list[str], list[float]]:
     "Items in order of appearance, the day of each, its circle, and its popularity."
     n, old = SIZES["items"], SIZES["old"]
@@ -184,6 +209,7 @@ def _world(dice: Dice) -> tuple[list[dict[str, str]], list[int], list[str], list
     circles = [f"{item['topic']} {int(dice.random() * SIZES['circles'])}" for item in items]
     return items, days, circles, [(1 + 30 * dice.random()) ** -1.2 for _ in items]
 
+# %% ../../nbs/kit/15_streams.ipynb #8e058789
 def _taste(dice: Dice) -> dict[str, float]:
     "How much a reader likes each circle: one or two circles, a little of their topics, a trace of the rest."
     first, second = dice.shuffled(list(TOPICS))[:2]
@@ -211,9 +237,11 @@ def _magazine(seed: int) -> tuple[list[dict[str, str]], list[int], list[dict[str
             clicks.append((t, dice.random(), {"user": f"u{u:03}", "item": items[i]["id"], "time": t}))
     return items, days, [c for _, _, c in sorted(clicks, key=lambda c: c[:2])]
 
+# %% ../../nbs/kit/15_streams.ipynb #f31468e3
 def _by_time(rows: list[dict[str, Any]], times: list[int]) -> Splits:
     "Rows in the split their day belongs to."
-    return {s: [r for r, t in zip(rows, times) if start <= t < end] for (s, start), end in zip(STARTS.items(), [*STARTS.values()][1:] + [SIZES["days"]])}
+    ends = [*STARTS.values()][1:] + [SIZES["days"]]
+    return {s: [r for r, t in zip(rows, times) if start <= t < end] for (s, start), end in zip(STARTS.items(), ends)}
 
 def generate_items(
     seed: int = 0,  # the shipped set is seed 0
@@ -230,29 +258,59 @@ def generate_clicks(
     return _by_time(clicks, [c["time"] for c in clicks])
 
 # %% ../../nbs/kit/15_streams.ipynb #159a9b8e
-_TOLD = "; ".join(f"`{e.id}`: {e.company}, {FIRST_DAY + timedelta(e.start)}, {e.days} days, {e.extra:g} more {('bad', '', 'good')[e.polarity]} headlines a day"
-                  for e in EVENTS)
+def _plan(e: Event) -> str:
+    "An event as the card tells it."
+    kind = ("bad", "", "good")[e.polarity]
+    return f"`{e.id}`: {e.company}, {FIRST_DAY + timedelta(e.start)}, {e.days} days, {e.extra:g} more {kind} headlines a day"
+
+_PLANTED = "; ".join(map(_plan, EVENTS))
+TOLD = {  # what the cards say
+    "headlines": {
+        "task": "polarity over time", "about": "Headlines of 200 days about six companies, with planted events",
+        "made": "A headline combines what changed, how, and against which hope or fear. On a Monday more news is bad than on other days, "
+                f"at the weekend there is little of it. Planted: {_PLANTED}. A rise of good news is no incident.",
+        "rule": "Is it bad (0) or good (2) for the company's owners, or neither (1)? Fewer costs are good, fewer sales are bad; less "
+                "than feared is good, less than hoped is bad; what is denied has not happened.",
+        "columns": "`date`, `text`, `label`, `topic`, `company`, `event`: the id of the planted event that a headline belongs to, or "
+                   "empty. The splits follow one another in time (80, 40 and 80 days); half of the words and phrases of validation and "
+                   "of test are new.",
+        "limits": "Invented companies; every headline names one company; events have a sharp start and end. Nothing here says anything "
+                  "about markets."},
+    "items": {
+        "task": "recommendation", "about": "Articles of a magazine on eight topics, in the order in which they appeared",
+        "made": "An article's words come from its topic; its circle of readers and its popularity are hidden.",
+        "rule": "Nothing is labelled; the topic is known.",
+        "columns": "`id`, `title`, `text`, `topic`. An article is in the split in whose days it appeared: those of validation and test "
+                   "are cold then.",
+        "limits": "The text shows the topic and nothing else of what readers like."},
+    "clicks": {
+        "task": "recommendation", "about": "Who clicked which article of `items`, on which of 60 days",
+        "made": "A reader likes two circles of readers, their topics a little, and new articles for six days; popular articles get more "
+                "clicks.",
+        "rule": "Nothing is labelled; predict the later clicks from the earlier ones.",
+        "columns": "`user`, `item`, `time` (day); in order of time, and split by it: days 0 to 41, 42 to 48, 49 to 59. Nobody clicks an "
+                   "article twice.",
+        "limits": "160 readers who never change their taste; only clicks, no views without a click."},
+}
+
+# %% ../../nbs/kit/15_streams.ipynb #0238aee0
+SUMS = {  # sha256 of the content, and of the files of train, validation and test
+    "headlines": ("c063152f5d832a1f26c4967c3b89f1634c40164e0ee0b1c0470c6c45ee63ee2f",
+                  "63d1177684f920f505718186093aa518333b3e9668db2d611d4d8fc2bdca942c",
+                  "7454744ad7d0778360eeee1475ec7161e76195dab6d95e27e447f6dd26974154",
+                  "7abd5c561bab3373d9db47648b47e174168e09303eedc17d9a9da7311e8fc03b"),
+    "items": ("955394f8eca804c124f4d65b0f854eee1a111e78d75602181c450a88e7f51d14",
+              "e5baa99318e33382990eb8344e045ae5b8e1f24e7a4b7555f4837e24c6cc2cf0",
+              "fb75c6e3efa013fe41e726d931e63964a7160eff25bf042d65fc2fb5b41ecdd3",
+              "930970ab7b4fb65e3d212a010db078155d5b8a8bfe15480d310f098a4790deaa"),
+    "clicks": ("f7e51758ea3bebd7f6e23262287a2fd136cb2d6541f55bc2409e953dcbe2ba52",
+               "00fbfbf880a9a9a459296d2c736eac6ac6881222d22e1d5137f230d06bf59258",
+               "94834d2b0dda7dbb3ab6ad7916852c68e25f88d57de82e9961cebd2c288460f2",
+               "af0defe7aa843a4a3c1418707252ed9a9e2fa8cffc9f10cbce5d67e4575fa130"),
+}
 SETS = {d.name: d for d in [
-    shipped("headlines", "polarity over time", "Headlines of 200 days about six companies, with planted events", generate_headlines,
-            "c7108773acd9be1336d0b83be0a5c63a714ae23a8db6500359490af77aa022b0", ("011d85b65e14d64f80ee5b2b0fd63cf50e9c25b1f5463ccf2b1f9bcd9fa51b1a", "2a6da88d042e2c81efe665406d47fdcbc19fc98e2c36f02b47163c9383b33fa1", "a7ac93b912a8f9b72f44ec2f1f7f5ec129fb0cad2739bd9eac5ea57d2e515e39"), ("label", "topic", "company", "event"),
-            ("bad", "neutral", "good"), flat=True,
-            made="A headline combines what changed, how, and against which hope or fear. On a Monday more news is bad than on other days, at the weekend "
-                 f"there is little of it. Planted: {_TOLD}. A rise of good news is no incident.",
-            rule="Is it bad (0) or good (2) for the company's owners, or neither (1)? Fewer costs are good, fewer sales are bad; less than feared is good, "
-                 "less than hoped is bad; what is denied has not happened.",
-            columns="`date`, `text`, `label`, `topic`, `company`, `event`: the id of the planted event that a headline belongs to, or empty. The splits follow "
-                    "one another in time (80, 40 and 80 days); half of the words and phrases of validation and of test are new.",
-            limits="Invented companies; every headline names one company; events have a sharp start and end. Nothing here says anything about markets."),
-    shipped("items", "recommendation", "Articles of a magazine on eight topics, in the order in which they appeared", generate_items,
-            "955394f8eca804c124f4d65b0f854eee1a111e78d75602181c450a88e7f51d14", ("e5baa99318e33382990eb8344e045ae5b8e1f24e7a4b7555f4837e24c6cc2cf0", "fb75c6e3efa013fe41e726d931e63964a7160eff25bf042d65fc2fb5b41ecdd3", "930970ab7b4fb65e3d212a010db078155d5b8a8bfe15480d310f098a4790deaa"), ("topic",), flat=True,
-            made="An article's words come from its topic; its circle of readers and its popularity are hidden.",
-            rule="Nothing is labelled; the topic is known.",
-            columns="`id`, `title`, `text`, `topic`. An article is in the split in whose days it appeared: those of validation and test are cold then.",
-            limits="The text shows the topic and nothing else of what readers like."),
-    shipped("clicks", "recommendation", "Who clicked which article of `items`, on which of 60 days", generate_clicks,
-            "f7e51758ea3bebd7f6e23262287a2fd136cb2d6541f55bc2409e953dcbe2ba52", ("00fbfbf880a9a9a459296d2c736eac6ac6881222d22e1d5137f230d06bf59258", "94834d2b0dda7dbb3ab6ad7916852c68e25f88d57de82e9961cebd2c288460f2", "af0defe7aa843a4a3c1418707252ed9a9e2fa8cffc9f10cbce5d67e4575fa130"), (), flat=True,
-            made="A reader likes two circles of readers, their topics a little, and new articles for six days; popular articles get more clicks.",
-            rule="Nothing is labelled; predict the later clicks from the earlier ones.",
-            columns="`user`, `item`, `time` (day); in order of time, and split by it: days 0 to 41, 42 to 48, 49 to 59. Nobody clicks an article twice.",
-            limits="160 readers who never change their taste; only clicks, no views without a click."),
+    shipped("headlines", generate_headlines, SUMS["headlines"], TOLD["headlines"], ("label", "topic", "company", "event"),
+            ("bad", "neutral", "good"), flat=True),
+    shipped("items", generate_items, SUMS["items"], TOLD["items"], ("topic",), flat=True),
+    shipped("clicks", generate_clicks, SUMS["clicks"], TOLD["clicks"], (), flat=True),
 ]}
