@@ -195,6 +195,10 @@ MUTANTS = {  # name: (chapter, right, wrong)
     "a row that may begin anyhow": ("tasks/51_tag", "best, came = scores[0] + moves[-1], []", "best, came = scores[0], []"),
     "moves turned over": ("tasks/51_tag", "(best[:, None] + moves[:-1])", "(best[:, None] + moves[:-1].mT)"),
     "context in the name": ("tasks/51_tag", 'if p[0] != "("]', "]"),
+    "ties that count whole": ("tasks/50_classify", "(many.double() - 1) / 2", "(many.double() - 1) * 0"),
+    "answers counted for the true class": ("tasks/50_classify", "n.diagonal(), n.sum(0), n.sum(1)", "n.diagonal(), n.sum(1), n.sum(0)"),
+    "an interval that leaves 0 and 1": ("tasks/50_classify", "math.sqrt(p * (1 - p) * w + w * w / 4)", "math.sqrt(p * (1 - p) * w)"),
+    "the surest threshold, not the one that answers most": ("tasks/50_classify", "kept[-1].threshold", "kept[0].threshold"),
 }
 UNTOUCHED = ("entropy/21_xent", "def log_softmax(", "def log_softmax(")
 
