@@ -214,6 +214,15 @@ MUTANTS = {  # name: (chapter, right, wrong)
                                "gain = Fraction(before) - Fraction(after)"),
     "a loader that is never full": ("timing/44_profile", "told = times[j - prefetch * workers][1] if j >= prefetch * workers > 0 else 0.0",
                                     "told = 0.0"),
+    "a name that goes on as another kind": ("tasks/51_tag", "and begun and found[-1].kind == kind:", "and begun:"),
+    "a tag on every piece": ("tasks/51_tag", "first = [w is not None and w != before for", "first = [w is not None for"),
+    "a row that may begin anyhow": ("tasks/51_tag", "best, came = scores[0] + moves[-1], []", "best, came = scores[0], []"),
+    "moves turned over": ("tasks/51_tag", "(best[:, None] + moves[:-1])", "(best[:, None] + moves[:-1].mT)"),
+    "context in the name": ("tasks/51_tag", 'if p[0] != "("]', "]"),
+    "ties that count whole": ("tasks/50_classify", "(many.double() - 1) / 2", "(many.double() - 1) * 0"),
+    "answers counted for the true class": ("tasks/50_classify", "n.diagonal(), n.sum(0), n.sum(1)", "n.diagonal(), n.sum(1), n.sum(0)"),
+    "an interval that leaves 0 and 1": ("tasks/50_classify", "math.sqrt(p * (1 - p) * w + w * w / 4)", "math.sqrt(p * (1 - p) * w)"),
+    "the surest threshold, not the one that answers most": ("tasks/50_classify", "kept[-1].threshold", "kept[0].threshold"),
 }
 UNTOUCHED = ("entropy/21_xent", "def log_softmax(", "def log_softmax(")
 
