@@ -77,11 +77,14 @@ def characters(
     if not counts: raise ValueError("expected texts with at least one character")
     order = [*SPECIAL.values(), *sorted(counts, key=lambda c: (-counts[c], c))][:size]
     made = Tokenizer(models.WordLevel({c: i for i, c in enumerate(order)}, unk_token="[UNK]"))
-    made.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Split(Regex("."), "isolated")])
+    spaces, each = Regex(r"[\s\x1c-\x1f]+"), Regex(".")  # what str.isspace calls a space
+    made.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(spaces, "removed"), pre_tokenizers.Split(each, "isolated")])
     made.decoder = decoders.Fuse()
     marks = [(name, order.index(name)) for name in ("[CLS]", "[SEP]")]
     made.post_processor = processors.TemplateProcessing(single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=marks)
-    return PreTrainedTokenizerFast(tokenizer_object=made, model_max_length=length, clean_up_tokenization_spaces=False, **SPECIAL)
+    options = {"model_max_length": length, "clean_up_tokenization_spaces": False,
+               "model_input_names": ["input_ids", "token_type_ids", "attention_mask"]}
+    return PreTrainedTokenizerFast(tokenizer_object=made, **options, **SPECIAL)
 
 # %% ../../nbs/kit/14_coverage.ipynb #ca3fd244
 def fitting(
