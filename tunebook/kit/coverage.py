@@ -34,6 +34,7 @@ class Coverage:
         return (f"{100 * self.share:.1f} % of {self.tokens} tokens unknown, {100 * self.lost / max(self.characters, 1):.1f} % of "
                 f"{self.characters} characters lost, {self.tokens / max(self.characters, 1):.2f} tokens a character")
 
+# %% ../../nbs/kit/14_coverage.ipynb #b892910e
 def _encoded(texts: Sequence[str], tokenizer: Any, **options: Any) -> Any:
     "The tokens of whole texts, without padding and without a warning about their length."
     if isinstance(texts, str) or not len(texts): raise ValueError("expected a list of texts, at least one")
@@ -113,6 +114,7 @@ class Truncation:
         return (f"{self.longer} of {self.texts} texts are longer than {self.limit} tokens, the longest has {self.longest}; "
                 f"{self.cut} of {self.tokens} tokens are cut off")
 
+# %% ../../nbs/kit/14_coverage.ipynb #e289ef27
 def truncation(
     texts: Sequence[str],
     tokenizer: Any,  # a fast one of transformers
