@@ -34,6 +34,7 @@ class Coverage:
         return (f"{100 * self.share:.1f} % of {self.tokens} tokens unknown, {100 * self.lost / max(self.characters, 1):.1f} % of "
                 f"{self.characters} characters lost, {self.tokens / max(self.characters, 1):.2f} tokens a character")
 
+# %% ../../nbs/kit/14_coverage.ipynb #b892910e
 def _encoded(texts: Sequence[str], tokenizer: Any, **options: Any) -> Any:
     "The tokens of whole texts, without padding and without a warning about their length."
     if isinstance(texts, str) or not len(texts): raise ValueError("expected a list of texts, at least one")
@@ -77,11 +78,14 @@ def characters(
     if not counts: raise ValueError("expected texts with at least one character")
     order = [*SPECIAL.values(), *sorted(counts, key=lambda c: (-counts[c], c))][:size]
     made = Tokenizer(models.WordLevel({c: i for i, c in enumerate(order)}, unk_token="[UNK]"))
-    made.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Split(Regex("."), "isolated")])
+    spaces, each = Regex(r"[\s\x1c-\x1f]+"), Regex(".")  # what str.isspace calls a space
+    made.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(spaces, "removed"), pre_tokenizers.Split(each, "isolated")])
     made.decoder = decoders.Fuse()
     marks = [(name, order.index(name)) for name in ("[CLS]", "[SEP]")]
     made.post_processor = processors.TemplateProcessing(single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=marks)
-    return PreTrainedTokenizerFast(tokenizer_object=made, model_max_length=length, clean_up_tokenization_spaces=False, **SPECIAL)
+    options = {"model_max_length": length, "clean_up_tokenization_spaces": False,
+               "model_input_names": ["input_ids", "token_type_ids", "attention_mask"]}
+    return PreTrainedTokenizerFast(tokenizer_object=made, **options, **SPECIAL)
 
 # %% ../../nbs/kit/14_coverage.ipynb #ca3fd244
 def fitting(
@@ -110,6 +114,7 @@ class Truncation:
         return (f"{self.longer} of {self.texts} texts are longer than {self.limit} tokens, the longest has {self.longest}; "
                 f"{self.cut} of {self.tokens} tokens are cut off")
 
+# %% ../../nbs/kit/14_coverage.ipynb #e289ef27
 def truncation(
     texts: Sequence[str],
     tokenizer: Any,  # a fast one of transformers
