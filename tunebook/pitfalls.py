@@ -5,14 +5,15 @@
 # %% auto #0
 __all__ = ['MISTAKES', 'LABELS', 'DETECTORS', 'Finding', 'Findings', 'unchanged', 'Blind', 'split_batch', 'real_tokens', 'Look',
            'forward', 'logits_of', 'loss_at', 'share_of_most', 'labels_of', 'vocabulary', 'token_ids', 'task_of',
-           'masks', 'detector', 'binary_loss', 'later_pieces', 'row_keys', 'lint', 'watch', 'judged', 'answers_for',
-           'audit_metric', 'audit_predict', 'audit_evaluation', 'audit_run']
+           'masks', 'detector', 'binary_loss', 'later_pieces', 'real_rows', 'row_keys', 'lint', 'watch', 'judged',
+           'answers_for', 'audit_metric', 'audit_predict', 'audit_evaluation', 'audit_run']
 
 # %% ../nbs/pitfalls.ipynb #71aa2f69
 import inspect
 import math
 import random
 import sys
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -27,9 +28,11 @@ from torch import Tensor, nn
 from .tuning.batches import IGNORED
 
 # %% ../nbs/pitfalls.ipynb #a6d80ecb
-MISTAKES = {1: "another optimizer", 2: "the wrong mode", 3: "labels in a column", 4: "shifted twice", 5: "padding is learned", 6: "tags beside their words",
-            7: "token accuracy for spans", 8: "argmax over the wrong axis", 9: "question without its context", 10: "no baseline", 11: "mostly padding",
-            12: "mean of batch means", 13: "float labels", 14: "chosen on the test set, or by luck", 15: "softmax twice"}
+MISTAKES = {
+    1: "another optimizer", 2: "the wrong mode", 3: "labels in a column", 4: "shifted twice", 5: "padding is learned",
+    6: "tags beside their words", 7: "token accuracy for spans", 8: "argmax over the wrong axis", 9: "question without its context",
+    10: "no baseline", 11: "mostly padding", 12: "mean of batch means", 13: "float labels", 14: "chosen on the test set, or by luck",
+    15: "softmax twice"}
 
 @dataclass(frozen=True)
 class Finding:
@@ -39,6 +42,10 @@ class Finding:
     where: str  # what was looked at
     value: float  # evidence: a share, a count or a score
     todo: str  # the correct form
+
+    def __str__(self) -> str:
+        """Name, place and evidence, and what to do."""
+        return f"{self.mistake:>2} {MISTAKES[self.mistake]}\n   {self.where}: {self.what} ({self.value:.3g})\n   -> {self.todo}"
 
 # %% ../nbs/pitfalls.ipynb #2d3dbe97
 class Findings(list[Finding]):
@@ -50,7 +57,7 @@ class Findings(list[Finding]):
 
     def __repr__(self) -> str:
         """A line for each finding; then the facts, and what could not be looked at."""
-        lines = [f"{f.mistake:>2} {MISTAKES[f.mistake]}\n   {f.where}: {f.what} ({f.value:.3g})\n   -> {f.todo}" for f in self] or ["nothing found"]
+        lines = list(map(str, self)) or ["nothing found"]
         if self.facts: lines.append("facts: " + ", ".join(f"{k} {v:.3g}" for k, v in self.facts.items()))
         return "\n".join(lines + [f"not looked at: {name}: {why}" for name, why in self.skipped.items()])
 
@@ -78,7 +85,9 @@ def unchanged(
             for m, mode in modes.items(): m.training = mode
             for b, old in buffers: b.copy_(old)
             for g, state in states: g.set_state(state)
-            if kept: vars(config).update(kept)
+            if kept:
+                vars(config).clear()
+                vars(config).update(kept)
             random.setstate(python)
             if numpy: numpy.random.set_state(dice)
 
@@ -97,6 +106,7 @@ def split_batch(
     if isinstance(batch, (tuple, list)) and len(batch) > 1: return tuple(batch[:-1]), {"labels": torch.as_tensor(batch[-1])}
     raise Blind(f"a batch is a {type(batch).__name__}: expected a dict, or a tuple with the labels last")
 
+# %% ../nbs/pitfalls.ipynb #585f2ce6
 def real_tokens(
     ids: Tensor,  # (B, T)
     mask: Any = None,  # (B, T), 1 where a token is real
@@ -169,6 +179,7 @@ def forward(
     anything, names = any(p.kind == p.VAR_KEYWORD for p in known), {p.name for p in known}
     return look.model(**{k: move(v) for k, v in {**inputs, **(labels or {})}.items() if anything or k in names})
 
+# %% ../nbs/pitfalls.ipynb #33a4e152
 def logits_of(
     out: Any,  # a tensor, a tuple that begins with one, or an output of transformers
 ) -> Tensor:
@@ -177,8 +188,8 @@ def logits_of(
         found = out.get(name) if isinstance(out, Mapping) else getattr(out, name, None)
         if found is not None: return found
     first = out[0] if isinstance(out, (tuple, list)) else out
-    if not isinstance(first, Tensor): raise Blind(f"the model returns a {type(out).__name__} without logits: pass call=lambda model, inputs: logits")
-    return first
+    if isinstance(first, Tensor): return first
+    raise Blind(f"the model returns a {type(out).__name__} without logits: pass call=lambda model, inputs: logits")
 
 # %% ../nbs/pitfalls.ipynb #095505c3
 def loss_at(
@@ -190,9 +201,10 @@ def loss_at(
     z = look.logits[i]
     if look.loss: return float(look.loss(z, next(iter(labels.values())).to(z.device)))
     out = forward(look, look.batches[i][0], labels)
-    if (value := getattr(out, "loss", None)) is None: raise Blind("the model computes no loss of its own: pass loss=lambda logits, labels: ...")
-    return float(value)
+    if getattr(out, "loss", None) is not None: return float(out.loss)
+    raise Blind("the model computes no loss of its own: pass loss=lambda logits, labels: ...")
 
+# %% ../nbs/pitfalls.ipynb #5b8539bd
 def share_of_most(
     labels: Tensor,  # (N,) class numbers
 ) -> float:
@@ -217,6 +229,7 @@ def token_ids(look: Look, inputs: Any) -> Tensor:
     if isinstance(ids, Tensor) and ids.ndim == 2 and not ids.is_floating_point(): return ids
     raise Blind("a batch holds no (B, T) token numbers")
 
+# %% ../nbs/pitfalls.ipynb #9b4bd698
 def task_of(look: Look) -> str:
     """One of classes, tags, words, spans, numbers."""
     y, z = labels_of(look), look.logits[0]
@@ -233,6 +246,7 @@ def masks(look: Look, inputs: Any) -> Tensor:
     told = [getattr(look.tokenizer, "pad_token_id", None), getattr(getattr(look.model, "config", None), "pad_token_id", None)]
     return real_tokens(ids, mask, next((t for t in told if t is not None), None), getattr(look.tokenizer, "eos_token_id", None))
 
+# %% ../nbs/pitfalls.ipynb #eba76f63
 DETECTORS: dict[str, Callable[[Look], Iterable[Finding]]] = {}
 
 def detector(name: str) -> Callable[[Callable[[Look], Iterable[Finding]]], Callable[[Look], Iterable[Finding]]]:
@@ -255,13 +269,16 @@ def _optimizer(look: Look) -> Iterator[Finding]:
         yield Finding(1, "the optimizer moves tensors that this model does not have", "optimizer", len(lost),
                       "make the optimizer after the model is loaded and has its head")
 
+# %% ../nbs/pitfalls.ipynb #56573512
 @detector("mode")
 def _mode(look: Look) -> Iterator[Finding]:
     "Mistake 2: dropout off in training, or on in evaluation."
     on = sum(look.modes[m] for m in look.dropouts)
     if look.training and look.dropouts and not on:
-        yield Finding(2, "no dropout layer is on", "model", len(look.dropouts), "call model.train() before training: from_pretrained gives eval mode")
-    if not look.training and on: yield Finding(2, "dropout layers are on in an evaluation", "model", on, "call model.eval() before evaluating")
+        yield Finding(2, "no dropout layer is on", "model", len(look.dropouts),
+                      "call model.train() before training: from_pretrained gives eval mode")
+    if not look.training and on:
+        yield Finding(2, "dropout layers are on in an evaluation", "model", on, "call model.eval() before evaluating")
 
 # %% ../nbs/pitfalls.ipynb #3351e1cd
 @detector("label shape")
@@ -269,12 +286,13 @@ def _shape(look: Look) -> Iterator[Finding]:
     "Mistake 3: a shape that broadcasts."
     y, z = labels_of(look), look.logits[0]
     if not y.is_floating_point() and y.ndim == z.ndim == 2 and y.shape[1] == 1 < z.shape[1]:
-        yield Finding(3, f"labels are {tuple(y.shape)}: against predictions ({len(y)},) an == compares every pair", "labels", len(y), "labels.squeeze(1)")
+        yield Finding(3, f"labels are {tuple(y.shape)}: against predictions ({len(y)},) an == compares every pair", "labels", len(y),
+                      "labels.squeeze(1)")
     if look.loss and y.is_floating_point() and y.numel() == z.numel() and y.shape != z.shape:
-        with warnings.catch_warnings(action="ignore"): a = loss_at(look, 0, {"labels": y})
-        b = float(look.loss(z.reshape(y.shape), y.to(z.device)))
+        a, b = loss_at(look, 0, {"labels": y}), float(look.loss(z.reshape(y.shape), y.to(z.device)))
         if not math.isclose(a, b, rel_tol=1e-4):
-            yield Finding(3, f"outputs {tuple(z.shape)} and labels {tuple(y.shape)} are compared pair by pair", "loss", a / b, "give both the same shape")
+            yield Finding(3, f"outputs {tuple(z.shape)} and labels {tuple(y.shape)} are compared pair by pair", "loss", a / b,
+                          "give both the same shape")
 
 # %% ../nbs/pitfalls.ipynb #761b0f7f
 @detector("constant labels")
@@ -287,7 +305,8 @@ def _constant(look: Look) -> Iterator[Finding]:
     if not whole: values = values[values != IGNORED]
     if not values.is_floating_point() and len(values): look.facts["most frequent label"] = share_of_most(values)
     if len(values) < 8: raise Blind(f"{len(values)} labels are too few to call them constant")
-    if len(values.unique(dim=0)) == 1: yield Finding(9, f"all {len(values)} labels are the same", "labels", len(values), "take the labels from the data, one for each pair")
+    if len(values.unique(dim=0)) == 1:
+        yield Finding(9, f"all {len(values)} labels are the same", "labels", len(values), "take the labels from the data")
 
 # %% ../nbs/pitfalls.ipynb #90d3d015
 def binary_loss(look: Look) -> bool:
@@ -308,20 +327,25 @@ def _floats(look: Look) -> Iterator[Finding]:
     y = torch.cat([next(iter(labels.values())) for _, labels in look.batches])
     one = ((y == 0) | (y == 1)).all(1) & (y.sum(1) == 1)
     if len(y) >= 16 and one.all() and binary_loss(look):
-        yield Finding(13, f"each of {len(y)} rows has exactly one label, and the loss allows several", "labels", len(y), "labels.argmax(1): integers")
+        yield Finding(13, f"each of {len(y)} rows has exactly one label, and the loss allows several", "labels", len(y),
+                      "labels.argmax(1): integers")
 
 # %% ../nbs/pitfalls.ipynb #6eace5d7
 @detector("softmax")
 def _softmax(look: Look) -> Iterator[Finding]:
     "Mistake 15: the model's outputs are probabilities, and the loss takes them for logits."
-    z, y, kind = look.logits[0].float(), labels_of(look), task_of(look)
+    z, y, kind, given = look.logits[0].float(), labels_of(look), task_of(look), look.batches[0][1]
     if kind == "spans" or float(z.min()) < 0 or float(z.max()) > 1: return
     floor = math.log1p((z.shape[-1] - 1) / math.e)
     if kind == "numbers": twice, floor = binary_loss(look), math.log1p(1 / math.e)
     elif not torch.allclose(z.sum(-1), torch.ones_like(z[..., 0]), atol=1e-3): return
-    elif look.loss: twice = math.isclose(float(look.loss(z + 1, y.to(z.device))), loss_at(look, 0, look.batches[0][1]), rel_tol=1e-4)
-    else: twice = math.isclose(float(F.cross_entropy(z.flatten(0, -2), y.flatten().to(z.device))), loss_at(look, 0, look.batches[0][1]), rel_tol=1e-4)
-    if twice: yield Finding(15, "the outputs are probabilities and the loss applies softmax to them again", "logits", floor, "give the loss logits: drop the last layer")
+    else:
+        y = y.to(z.device)
+        again = look.loss(z + 1, y) if look.loss else F.cross_entropy(z.flatten(0, -2), y.flatten())
+        twice = math.isclose(float(again), loss_at(look, 0, given), rel_tol=1e-4)
+    if twice:
+        yield Finding(15, "the outputs are probabilities, and the loss cannot fall below this", "logits", floor,
+                      "drop the last layer: logits")
 
 # %% ../nbs/pitfalls.ipynb #dee8d627
 @detector("shift")
@@ -336,9 +360,11 @@ def _shift(look: Look) -> Iterator[Finding]:
     first[:, 0] = ids[:, 0]
     value = loss_at(look, 0, {"labels": first})
     if (not math.isfinite(value) or value == 0) and ahead > max(itself, 0.5):
-        yield Finding(4, "the labels are the next tokens, and the loss shifts them once more", "labels", ahead, "labels = input_ids: the model shifts")
+        yield Finding(4, "the labels are the next tokens, and the loss shifts them once more", "labels", ahead,
+                      "labels = input_ids: the model shifts")
     elif math.isfinite(value) and value != 0 and itself > max(ahead, 0.5):
-        yield Finding(4, "each label is the token at its own place: the model learns to copy", "labels", itself, "shift once, in the loss or in the labels")
+        yield Finding(4, "each label is the token at its own place: the model learns to copy", "labels", itself,
+                      "shift once, in the loss or in the labels")
 
 # %% ../nbs/pitfalls.ipynb #7b671e09
 @detector("padding in the labels")
@@ -348,8 +374,10 @@ def _padded(look: Look) -> Iterator[Finding]:
     if kind not in ("words", "tags"): return
     pairs = [(masks(look, inputs), next(iter(labels.values()))) for inputs, labels in look.batches]
     if any(m.shape != y.shape for m, y in pairs): raise Blind("the labels do not stand beside the input tokens")
-    counted, wrong = sum(int((y != IGNORED).sum()) for _, y in pairs), sum(int(((y != IGNORED) & ~m.to(y.device)).sum()) for m, y in pairs)
-    if wrong: yield Finding(5 if kind == "words" else 6, f"{wrong} of {counted} labels belong to padding", "labels", wrong / counted, f"label padding {IGNORED}")
+    counted = sum(int((y != IGNORED).sum()) for _, y in pairs)
+    if wrong := sum(int(((y != IGNORED) & ~m.to(y.device)).sum()) for m, y in pairs):
+        number, todo = 5 if kind == "words" else 6, f"label padding {IGNORED}"
+        yield Finding(number, f"{wrong} of {counted} labels belong to padding", "labels", wrong / counted, todo)
 
 # %% ../nbs/pitfalls.ipynb #11e15d9b
 def later_pieces(
@@ -360,22 +388,29 @@ def later_pieces(
     if not any(t[:1] in "Ġ▁" for t in tokens if t): return [False] * len(tokens)
     return [i > 0 and t[:1] not in "Ġ▁" for i, t in enumerate(tokens)]
 
+# %% ../nbs/pitfalls.ipynb #4fe3bf91
+def real_rows(look: Look) -> Iterator[tuple[list[int], list[int]]]:
+    """Token numbers and labels of each row, without its padding."""
+    for inputs, labels in look.batches:
+        for ids, tags, real in zip(token_ids(look, inputs), next(iter(labels.values())), masks(look, inputs)):
+            yield ids[real].tolist(), tags[real].tolist()
+
 @detector("tags of pieces")
 def _pieces(look: Look) -> Iterator[Finding]:
     "Mistake 6: tags that stand beside the wrong tokens."
     if task_of(look) != "tags": return
-    if look.tokenizer is None: raise Blind("no tokenizer was given")
-    names, special = getattr(getattr(look.model, "config", None), "id2label", None) or {}, set(look.tokenizer.all_special_ids)
-    special, kinds, on, broken, later = special - {look.tokenizer.unk_token_id}, {k: str(v).split("-")[-1] for k, v in names.items()}, 0, 0, 0
-    for inputs, labels in look.batches:
-        for ids, tags, real in zip(token_ids(look, inputs).tolist(), next(iter(labels.values())).tolist(), masks(look, inputs).tolist()):
-            keep = [(i, t) for i, t, r in zip(ids, tags, real) if r]
-            on += sum(t != IGNORED and i in special for i, t in keep)
-            goes_on = later_pieces(look.tokenizer.convert_ids_to_tokens([i for i, _ in keep]))
-            both = [(a, b) for (_, a), (j, b), g in zip(keep, keep[1:], goes_on[1:]) if g and j not in special and IGNORED not in (a, b)]
-            later, broken = later + len(both), broken + sum(kinds.get(a, a) != kinds.get(b, b) for a, b in both)
-    if on: yield Finding(6, f"{on} special tokens have a tag", "labels", on, f"align by word_ids(); {IGNORED} where it is None")
-    elif broken: yield Finding(6, f"{broken} of {later} later pieces of a word have a tag of another kind", "labels", broken / later, "align by word_ids()")
+    if (words := look.tokenizer) is None: raise Blind("no tokenizer was given")
+    special, names = set(words.all_special_ids) - {words.unk_token_id}, getattr(getattr(look.model, "config", None), "id2label", None) or {}
+    kind, marked, later, broken = {k: str(v).split("-")[-1] for k, v in names.items()}, 0, 0, 0
+    for ids, tags in real_rows(look):
+        marked += sum(t != IGNORED and i in special for i, t in zip(ids, tags))
+        goes_on = later_pieces(words.convert_ids_to_tokens(ids))
+        pairs = [(a, b) for a, b, j, g in zip(tags, tags[1:], ids[1:], goes_on[1:]) if g and j not in special and IGNORED not in (a, b)]
+        later, broken = later + len(pairs), broken + sum(kind.get(a) != kind.get(b) for a, b in pairs)
+    if marked: yield Finding(6, f"{marked} special tokens have a tag", "labels", marked, f"align by word_ids(); {IGNORED} where it is None")
+    elif not any("-" in str(v) for v in names.values()): raise Blind("config.id2label holds no names such as B-PER")
+    elif broken: yield Finding(6, f"{broken} of {later} later pieces have a tag of another kind", "labels", broken / later,
+                               "align by word_ids()")
 
 # %% ../nbs/pitfalls.ipynb #72112adb
 @detector("pairs")
@@ -384,10 +419,12 @@ def _pairs(look: Look) -> Iterator[Finding]:
     inputs, labels = look.batches[0]
     ids, y = token_ids(look, inputs), labels_of(look)
     if len(ids) != len(y):
-        yield Finding(9, f"{len(ids)} rows of input for {len(y)} labels", "batch", len(ids) / len(y), "tokenizer(question, context): one row for each pair")
+        yield Finding(9, f"{len(ids)} rows of input for {len(y)} labels", "batch", len(ids) / len(y),
+                      "tokenizer(question, context): one row for each pair")
     elif "start_positions" in labels and (sep := getattr(look.tokenizer, "sep_token_id", None)) is not None:
         if alone := int(((ids == sep).sum(1) < 2).sum()):
-            yield Finding(9, f"{alone} of {len(ids)} rows hold one text only", "input_ids", alone / len(ids), "tokenizer(question, context): one row for each pair")
+            yield Finding(9, f"{alone} of {len(ids)} rows hold one text only", "input_ids", alone / len(ids),
+                          "tokenizer(question, context): one row for each pair")
 
 # %% ../nbs/pitfalls.ipynb #d2e55e3d
 @detector("padding waste")
@@ -398,7 +435,8 @@ def _waste(look: Look) -> Iterator[Finding]:
     computed, needed = sum(B * T for B, T, _ in shapes), sum(B * used for B, _, used in shapes)
     empty = sum(T - used for _, T, used in shapes) / len(shapes)
     if empty > 8 and (waste := 1 - needed / computed) > 0.25:
-        yield Finding(11, f"{empty:.0f} columns a batch are padding in every row", "attention_mask", waste, "pad to the longest row of each batch")
+        yield Finding(11, f"{empty:.0f} columns a batch are padding in every row", "attention_mask", waste,
+                      "pad to the longest row of each batch")
 
 # %% ../nbs/pitfalls.ipynb #26157606
 @detector("unknown tokens")
@@ -411,7 +449,8 @@ def _unknown(look: Look) -> Iterator[Finding]:
     tokens = tokens[~torch.isin(tokens, torch.tensor([i for i in look.tokenizer.all_special_ids if i != unk], device=tokens.device))]
     look.facts["unknown tokens"] = share = (tokens == unk).double().mean().item()
     if share > 0.1:
-        yield Finding(11, "many tokens are unknown to the tokenizer", "input_ids", share, "take a model of this language, or one that reads characters or bytes")
+        yield Finding(11, "many tokens are unknown to the tokenizer", "input_ids", share,
+                      "take a model of this language, or one that reads characters or bytes")
 
 # %% ../nbs/pitfalls.ipynb #22df3967
 def row_keys(look: Look, batches: Iterable[tuple[Any, Any]]) -> set[Any]:
@@ -429,7 +468,8 @@ def _overlap(look: Look) -> Iterator[Finding]:
     "Mistake 14: rows of the evaluation that also train."
     train, held = row_keys(look, look.batches), row_keys(look, look.read(look.held))
     if (share := len(held & train) / len(held)) > 0.01:
-        yield Finding(14, f"{len(held & train)} of {len(held)} rows of the evaluation also train", "eval_loader", share, "split by text, and drop duplicates before")
+        yield Finding(14, f"{len(held & train)} of {len(held)} rows of the evaluation also train", "eval_loader", share,
+                      "split by text, and drop duplicates before")
 
 # %% ../nbs/pitfalls.ipynb #60fd1ad3
 @detector("baseline")
@@ -440,7 +480,8 @@ def _baseline(look: Look) -> Iterator[Finding]:
     if y.is_floating_point(): raise Blind("a majority needs class numbers")
     majority = share_of_most(y[y != IGNORED])
     if look.score <= majority:
-        yield Finding(10, f"always answering the most frequent label scores {majority:.3f}", "score", look.score, "print the baselines beside the score")
+        yield Finding(10, f"always answering the most frequent label scores {majority:.3f}", "score", look.score,
+                      "print the baselines beside the score")
 
 # %% ../nbs/pitfalls.ipynb #089130d8
 def lint(
@@ -463,11 +504,11 @@ def lint(
         found.skipped["everything"] = f"the model is a {type(model).__name__}: expected an nn.Module"
         return found
     look = Look(model, loader, eval_loader, tokenizer, loss, optimizer, training, score, call, run, scan)
-    with unchanged(model, loader, eval_loader):
+    with unchanged(model, loader, eval_loader), warnings.catch_warnings(action="ignore"):
         for name, detect in DETECTORS.items():
             try: found.extend(detect(look))
             except Blind as e: found.skipped[name] = str(e)
-            except Exception as e: found.skipped[name] = f"{type(e).__name__}: {str(e).strip().splitlines()[0] if str(e).strip() else ''}"[:160]
+            except Exception as e: found.skipped[name] = f"{type(e).__name__}: {e}".strip().splitlines()[0][:160]
     found.facts = look.facts
     return found
 
@@ -500,9 +541,11 @@ def judged(
     """Findings from the passes of a run."""
     off, on = sum(s["back"] and not s["on"] for s in seen), sum(s["on"] and not s["back"] for s in seen)
     held = sum(s["grad"] and not s["back"] and not s["on"] for s in seen)
-    if off and draws: yield Finding(2, f"{off} of {len(seen)} passes train with dropout off", "passes", off, "call model.train() before training")
-    if on: yield Finding(2, f"{on} of {len(seen)} passes evaluate with dropout on", "passes", on, "call model.eval() before evaluating")
-    if held: yield Finding(12, f"{held} of {len(seen)} passes keep a graph that nobody uses", "passes", held, "evaluate under torch.no_grad()")
+    rows = ((2, off if draws else 0, "train with dropout off", "call model.train() before training"),
+            (2, on, "evaluate with dropout on", "call model.eval() before evaluating"),
+            (12, held, "keep a graph that nobody uses", "evaluate under torch.no_grad()"))
+    for number, count, what, todo in rows:
+        if count: yield Finding(number, f"{count} of {len(seen)} passes {what}", "passes", count, todo)
 
 # %% ../nbs/pitfalls.ipynb #64b237b0
 def answers_for(
@@ -533,14 +576,16 @@ def audit_metric(
         found.skipped["metric"] = f"{type(e).__name__}: {e}"
         return found
     if not 0 <= s["perfect"] <= 1 or s["perfect"] <= max(s["moved"], s["constant"]):
-        found.append(Finding(3, "perfect answers do not score best, between 0 and 1", "metric", s["perfect"], "compare tensors of one shape"))
+        found.append(Finding(3, "perfect answers do not score best, between 0 and 1", "metric", s["perfect"],
+                             "compare tensors of one shape"))
     tags = not isinstance(labels, Tensor) or labels.ndim == 2 and labels.shape[1] > 1
     if not found and tags and s["constant"] > 0.5:
         found.append(Finding(7, "one tag everywhere scores well", "metric", s["constant"], "count whole spans: precision, recall, F1"))
     if not found and tags and isinstance(labels, Tensor):
         more = float(metric(F.pad(answers["moved"], (0, 8)), F.pad(labels, (0, 8), value=IGNORED)))
         if not math.isclose(more, s["moved"], rel_tol=1e-6):
-            found.append(Finding(6, "the score moves with the length of the padding", "metric", more - s["moved"], f"leave out labels of {IGNORED}"))
+            found.append(Finding(6, "the score moves with the length of the padding", "metric", more - s["moved"],
+                                 f"leave out labels of {IGNORED}"))
     return found
 
 # %% ../nbs/pitfalls.ipynb #1315a8a2
@@ -552,11 +597,13 @@ def audit_predict(
     i, found = torch.arange(5), Findings()
     labels = (i**2 + 1) % 5 if axes == 2 else (i[:, None] + i**2) % 5
     try: got = torch.as_tensor(predict(10.0 * F.one_hot(labels, 5)))
-    except Exception as e: got, found.facts["raised"] = torch.empty(0), True
+    except Exception: got, found.facts["raised"] = torch.empty(0), True
     share = (got == labels).double().mean().item() if got.shape == labels.shape else 0.0
-    if share < 1: found.append(Finding(8, "logits that spell labels do not decode to them", "predict", share, "argmax(-1): classes are the last axis"))
+    todo = "argmax(-1): classes are the last axis"
+    if share < 1: found.append(Finding(8, "logits that spell labels do not decode to them", "predict", share, todo))
     return found
 
+# %% ../nbs/pitfalls.ipynb #6c43a684
 def audit_evaluation(
     evaluate: Callable[[int], float],  # the score at this batch size
     sizes: Sequence[int] = (1, 7, 64),
@@ -565,7 +612,8 @@ def audit_evaluation(
     found, scores = Findings(), [float(evaluate(n)) for n in (sizes[0], *sizes)]
     apart = max(scores) - min(scores)
     what = "two calls differ: something is kept from the first" if scores[0] != scores[1] else "the score moves with the batch size"
-    if not apart <= 1e-5 * max(1.0, abs(scores[0])): found.append(Finding(12, what, "evaluate", apart, "add sums and counts, divide once; start anew each time"))
+    todo = "add sums and counts, divide once; start anew each time"
+    if not apart <= 1e-5 * max(1.0, abs(scores[0])): found.append(Finding(12, what, "evaluate", apart, todo))
     return found
 
 # %% ../nbs/pitfalls.ipynb #aee71032
@@ -576,5 +624,6 @@ def audit_run(
     """Mistake 14: one seed gives one result; several seeds give a spread that belongs into the report."""
     found, scores = Findings(), [float(run(s)) for s in (seeds[0], *seeds)]
     found.facts = {"mean": sum(scores[1:]) / len(seeds), "spread": max(scores[1:]) - min(scores[1:])}
-    if scores[0] != scores[1]: found.append(Finding(14, "the same seed gives two results", "run", scores[1] - scores[0], "seed model, order and dropout"))
+    apart, todo = scores[1] - scores[0], "seed model, order and dropout"
+    if apart: found.append(Finding(14, "the same seed gives two results", "run", apart, todo))
     return found
