@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['MISTAKES', 'LABELS', 'DETECTORS', 'Finding', 'Findings', 'unchanged', 'Blind', 'split_batch', 'real_tokens', 'Look',
            'forward', 'logits_of', 'loss_at', 'share_of_most', 'labels_of', 'vocabulary', 'token_ids', 'task_of',
-           'masks', 'detector', 'binary_loss', 'later_pieces', 'real_rows', 'row_keys', 'lint', 'watch', 'judged',
-           'answers_for', 'audit_metric', 'audit_predict', 'audit_evaluation', 'audit_run']
+           'masks', 'detector', 'binary_loss', 'squashed', 'later_pieces', 'real_rows', 'row_keys', 'lint', 'watch',
+           'judged', 'answers_for', 'audit_metric', 'audit_predict', 'audit_evaluation', 'audit_run']
 
 # %% ../nbs/pitfalls.ipynb #71aa2f69
 import inspect
@@ -162,7 +162,12 @@ class Look:
     @cached_property
     def logits(self) -> list[Tensor]:
         """Of the first `run` batches, in eval mode."""
-        return [logits_of(forward(self, inputs)) for inputs, _ in self.batches[: self.run]]
+        return [logits_of(forward(self, x, y if self.two_sided else None)) for x, y in self.batches[: self.run]]
+
+    @property
+    def two_sided(self) -> bool:
+        """An encoder-decoder: its labels are a second text."""
+        return bool(getattr(getattr(self.model, "config", None), "is_encoder_decoder", False))
 
 # %% ../nbs/pitfalls.ipynb #3cb68a25
 def forward(
@@ -320,24 +325,38 @@ def binary_loss(look: Look) -> bool:
 def _floats(look: Look) -> Iterator[Finding]:
     "Mistake 13: one class a row, trained as several."
     y, z, stuck = labels_of(look), look.logits[0], getattr(getattr(look.model, "config", None), "problem_type", None)
-    if stuck == "multi_label_classification" and not y.is_floating_point():
+    if stuck == "multi_label_classification" and not y.is_floating_point() and not look.loss:
         yield Finding(13, "the configuration says several labels a row, the labels are class numbers", "config", z.shape[-1],
                       "model.config.problem_type = None, also in the saved config.json")
     if not y.is_floating_point() or y.ndim != 2 or y.shape[1] < 2: return
     y = torch.cat([next(iter(labels.values())) for _, labels in look.batches])
     one = ((y == 0) | (y == 1)).all(1) & (y.sum(1) == 1)
-    if len(y) >= 16 and one.all() and binary_loss(look):
+    if len(y) >= 32 and one.all() and binary_loss(look):
         yield Finding(13, f"each of {len(y)} rows has exactly one label, and the loss allows several", "labels", len(y),
                       "labels.argmax(1): integers")
 
 # %% ../nbs/pitfalls.ipynb #6eace5d7
+def squashed(look: Look) -> bool:
+    """Whether the outputs stay between 0 and 1 when the last layer with weights puts out a thousand times as much."""
+    ran: list[nn.Module] = []
+    layers = [m for m in look.model.modules() if next(m.parameters(recurse=False), None) is not None]
+    handles = [m.register_forward_hook(lambda m, args, out: ran.append(m)) for m in layers]
+    try:
+        forward(look, look.batches[0][0])
+        handles.append(ran[-1].register_forward_hook(lambda m, args, out: 1000 * out))
+        z = logits_of(forward(look, look.batches[0][0]))
+    finally:
+        for h in handles: h.remove()
+    return 0 <= float(z.min()) and float(z.max()) <= 1
+
+# %% ../nbs/pitfalls.ipynb #eb1a5147
 @detector("softmax")
 def _softmax(look: Look) -> Iterator[Finding]:
     "Mistake 15: the model's outputs are probabilities, and the loss takes them for logits."
     z, y, kind, given = look.logits[0].float(), labels_of(look), task_of(look), look.batches[0][1]
     if kind == "spans" or float(z.min()) < 0 or float(z.max()) > 1: return
     floor = math.log1p((z.shape[-1] - 1) / math.e)
-    if kind == "numbers": twice, floor = binary_loss(look), math.log1p(1 / math.e)
+    if kind == "numbers": twice, floor = binary_loss(look) and squashed(look), math.log1p(1 / math.e)
     elif not torch.allclose(z.sum(-1), torch.ones_like(z[..., 0]), atol=1e-3): return
     else:
         y = y.to(z.device)
@@ -351,7 +370,7 @@ def _softmax(look: Look) -> Iterator[Finding]:
 @detector("shift")
 def _shift(look: Look) -> Iterator[Finding]:
     "Mistake 4: two shifts, or none."
-    if task_of(look) != "words": return
+    if task_of(look) != "words" or look.two_sided: return
     ids, y = token_ids(look, look.batches[0][0]), labels_of(look)
     if ids.shape != y.shape: raise Blind("the labels do not stand beside the input tokens")
     live = y != IGNORED
@@ -372,7 +391,8 @@ def _padded(look: Look) -> Iterator[Finding]:
     "Mistakes 5 and 6: padding that counts."
     kind = task_of(look)
     if kind not in ("words", "tags"): return
-    pairs = [(masks(look, inputs), next(iter(labels.values()))) for inputs, labels in look.batches]
+    filler = look.model.config.pad_token_id if look.two_sided else None
+    pairs = [(y != filler if look.two_sided else masks(look, x), y) for x, labels in look.batches for y in list(labels.values())[:1]]
     if any(m.shape != y.shape for m, y in pairs): raise Blind("the labels do not stand beside the input tokens")
     counted = sum(int((y != IGNORED).sum()) for _, y in pairs)
     if wrong := sum(int(((y != IGNORED) & ~m.to(y.device)).sum()) for m, y in pairs):
