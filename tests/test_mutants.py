@@ -186,6 +186,11 @@ MUTANTS = {  # name: (chapter, right, wrong)
                                             "STEPS.get(name, 1 if plain else None)", "STEPS.get(name, 1 if plain else 0)"),
     "a row expanded is many rows": ("timing/41_roofline", "zip(t.shape, t.stride()) if step or not n)", "zip(t.shape, t.stride()))"),
     "a layer whose rows move nothing": ("timing/41_roofline", "1 - half * (1 / E + 1 / M)", "1 - half * (1 / E)"),
+    "a lint that leaves eval mode behind": ("pitfalls", "for m, mode in modes.items(): m.training = mode", "pass"),
+    "a lint that moves the loader's dice": ("pitfalls", "for g, state in states: g.set_state(state)", "pass"),
+    "two shifts that pass": ("pitfalls", "value == 0) and ahead > max(itself, 0.5)", "value == 0) and itself > max(ahead, 0.5)"),
+    "padding taken for text": ("pitfalls", "(y != IGNORED) & ~m.to(y.device)", "(y != IGNORED) & m.to(y.device)"),
+    "small outputs taken for probabilities": ("pitfalls", "return 0 <= float(z.min()) and float(z.max()) <= 1", "return True"),
 }
 UNTOUCHED = ("entropy/21_xent", "def log_softmax(", "def log_softmax(")
 

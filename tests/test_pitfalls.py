@@ -87,8 +87,8 @@ def right(kind, seed, device="cpu", tuples=False, masked=True, p=0.1, size=8):
         elif kind == "numbers": y = torch.randn(size, 1, generator=g)
         elif kind == "several": y = (torch.rand(size, 3, generator=g) < 0.5).float()
         elif kind == "tags":
-            tags = [[IGNORED] + [dice.randrange(3) if j == 0 or t % 2 == 0 else IGNORED for j, t in enumerate(r[1:-1])] + [IGNORED] for r in rows]
-            y = filled(tags, IGNORED)
+            tags = [[dice.randrange(3) if i == 1 or r[i] % 2 == 0 else IGNORED for i in range(1, len(r) - 1)] for r in rows]
+            y = filled([[IGNORED, *t, IGNORED] for t in tags], IGNORED)
         else: y = ids.masked_fill(mask == 0, IGNORED)  # words, shifted by the loss
         if kind == "ahead": y = F.pad(y[:, 1:], (0, 1), value=IGNORED)
         given = {"input_ids": ids, "labels": y} | ({"attention_mask": mask} if masked else {})
@@ -126,10 +126,12 @@ def wide(b): return {k: F.pad(v, (0, 60), value=IGNORED * (k == "labels")) if v.
 
 WRONG = {
     "another optimizer": (1, "classes", lambda run: run | {"optimizer": torch.optim.SGD(Net(run["model"].out.out_features).parameters())}),
-    "an old head": (1, "several", lambda run: run | {"optimizer": torch.optim.SGD([*run["model"].words.parameters(), *Net(3).out.parameters()])}),
+    "an old head": (1, "several", lambda run: run | {
+        "optimizer": torch.optim.SGD([*run["model"].words.parameters(), *Net(3).out.parameters()])}),
     "eval mode": (2, "classes", lambda run: run | {"model": run["model"].eval()}),
     "dropout in evaluation": (2, "tags", lambda run: run | {"training": False}),
-    "a column": (3, "classes", lambda run: change("labels", lambda b: b["labels"][:, None])(run) | {"loss": lambda z, y: F.cross_entropy(z, y.flatten())}),
+    "a column": (3, "classes", lambda run: change("labels", lambda b: b["labels"][:, None])(run) | {
+        "loss": lambda z, y: F.cross_entropy(z, y.flatten())}),
     "numbers in a row": (3, "numbers", change("labels", lambda b: b["labels"][:, 0])),
     "two shifts": (4, "ahead", lambda run: run | {"loss": causal_loss}),
     "no shift": (4, "words", lambda run: run | {"loss": tokens_loss}),
@@ -137,7 +139,8 @@ WRONG = {
     "padding among the tags": (6, "tags", change("labels", labelled_padding)),
     "tags of special tokens": (6, "tags", change("labels", lambda b: b["labels"].masked_fill(b["input_ids"] == 2, 1))),
     "one label": (9, "classes", change("labels", lambda b: torch.ones_like(b["labels"]))),
-    "rows twice": (9, "classes", lambda run: run | {"loader": [{k: v if k == "labels" else v.repeat(2, 1) for k, v in b.items()} for b in run["loader"]]}),
+    "rows twice": (9, "classes", lambda run: run | {
+        "loader": [{k: v if k == "labels" else v.repeat(2, 1) for k, v in b.items()} for b in run["loader"]]}),
     "below the majority": (10, "classes", lambda run: run | {"score": 0.05}),
     "wide": (11, "tags", lambda run: run | {"loader": [wide(b) for b in run["loader"]]}),
     "unknown": (11, "several", change("input_ids", lambda b: b["input_ids"].where(b["input_ids"] % 3 > 0, b["input_ids"].clamp(max=1)))),
@@ -216,11 +219,15 @@ class Raising:
     def __iter__(self): raise OSError("disk\nfull")
 
 
-ODD = {"no loader": None, "a number": 3, "empty": [], "texts": ["a"], "Nones": [None], "one tensor": [torch.ones(2)], "strings": [{"input_ids": "a"}],
-       "ragged": [{"input_ids": [[1], [1, 2]], "labels": [0, 1]}], "labels of text": [{"input_ids": torch.ones(2, 2).long(), "labels": ["a", "b"]}],
-       "iterator": iter([(torch.ones(2, 2).long(), torch.ones(2).long())]), "broken": Raising(), "no labels": [{"input_ids": torch.ones(9, 2).long()}],
-       "words too large": [(torch.full((9, 2), V), torch.arange(9) % 2)], "float words": [(torch.ones(9, 2), torch.arange(9) % 2)],
-       "empty rows": [(torch.ones(0, 2).long(), torch.ones(0).long())], "no tokens": [(torch.ones(9, 0).long(), torch.arange(9) % 2)]}
+def row_of(labels, ids=None): return [(torch.ones(9, 2).long() if ids is None else ids, labels)]
+
+
+ODD = {
+    "no loader": None, "a number": 3, "empty": [], "texts": ["a"], "Nones": [None], "one tensor": [torch.ones(2)], "broken": Raising(),
+    "strings": [{"input_ids": "a"}], "ragged": [{"input_ids": [[1], [1, 2]], "labels": [0, 1]}], "iterator": iter(row_of(torch.arange(9))),
+    "labels of text": [{"input_ids": torch.ones(2, 2).long(), "labels": ["a", "b"]}], "no labels": [{"input_ids": torch.ones(9, 2).long()}],
+    "words too large": row_of(torch.arange(9) % 2, torch.full((9, 2), V)), "float words": row_of(torch.arange(9) % 2, torch.ones(9, 2)),
+    "empty rows": row_of(torch.ones(0).long(), torch.ones(0, 2).long()), "no tokens": row_of(torch.arange(9) % 2, torch.ones(9, 0).long())}
 
 
 @pytest.mark.parametrize("name", ODD)
@@ -260,7 +267,8 @@ def test_a_model_that_raises_leaves_the_other_detectors_alone():
 
 def test_own_losses_of_transformers_and_its_containers():
     transformers = pytest.importorskip("transformers")
-    config = transformers.BertConfig(vocab_size=V, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, num_labels=3)
+    config = transformers.BertConfig(vocab_size=V, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16,
+                                     num_labels=3)
     model = transformers.BertForSequenceClassification(config)
     batches = [UserDict(input_ids=filled(texts(random.Random(i), 12)), labels=torch.arange(12) % 3) for i in range(3)]
     assert not lint(model, batches, tokenizer=Letters())
