@@ -233,6 +233,11 @@ MUTANTS = {  # name: (chapter, right, wrong)
     "answers counted for the true class": ("tasks/50_classify", "n.diagonal(), n.sum(0), n.sum(1)", "n.diagonal(), n.sum(1), n.sum(0)"),
     "an interval that leaves 0 and 1": ("tasks/50_classify", "math.sqrt(p * (1 - p) * w + w * w / 4)", "math.sqrt(p * (1 - p) * w)"),
     "the surest threshold, not the one that answers most": ("tasks/50_classify", "kept[-1].threshold", "kept[0].threshold"),
+    "a lint that leaves eval mode behind": ("pitfalls", "for m, mode in modes.items(): m.training = mode", "pass"),
+    "a lint that moves the loader's dice": ("pitfalls", "for g, state in states: g.set_state(state)", "pass"),
+    "two shifts that pass": ("pitfalls", "value == 0) and ahead > max(itself, 0.5)", "value == 0) and itself > max(ahead, 0.5)"),
+    "padding taken for text": ("pitfalls", "(y != IGNORED) & ~m.to(y.device)", "(y != IGNORED) & m.to(y.device)"),
+    "small outputs taken for probabilities": ("pitfalls", "return 0 <= float(z.min()) and float(z.max()) <= 1", "return True"),
 }
 UNTOUCHED = ("entropy/21_xent", "def log_softmax(", "def log_softmax(")
 
