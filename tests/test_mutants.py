@@ -186,6 +186,11 @@ MUTANTS = {  # name: (chapter, right, wrong)
                                             "STEPS.get(name, 1 if plain else None)", "STEPS.get(name, 1 if plain else 0)"),
     "a row expanded is many rows": ("timing/41_roofline", "zip(t.shape, t.stride()) if step or not n)", "zip(t.shape, t.stride()))"),
     "a layer whose rows move nothing": ("timing/41_roofline", "1 - half * (1 / E + 1 / M)", "1 - half * (1 / E)"),
+    "means of any length": ("tasks/57_prompting", "2 * x @ means.T - means.square().sum(1)", "x @ means.T - means.square().sum(1)"),
+    "the probe's bias pays too": ("tasks/57_prompting", "keep[-1] = 0", "keep[-1] = 1"),
+    "calibration that multiplies": ("tasks/57_prompting", "(scores - blank).log_softmax(-1)", "(scores + blank).log_softmax(-1)"),
+    "the start mark forgotten": ("tasks/57_prompting", "[[*start, *p] for p in encode(", "[[*p] for p in encode("),
+    "a winner judged by its own items": ("tasks/57_prompting", "hits[best, order[count:]].double()", "hits[best, order[:count]].double()"),
 }
 UNTOUCHED = ("entropy/21_xent", "def log_softmax(", "def log_softmax(")
 
