@@ -94,7 +94,7 @@ def probe(
     w, rate = torch.zeros(classes, z.shape[1], dtype=torch.float64, device=x.device), 1.0
     for _ in range(steps):
         step, now = _newton(w, z, y, C), _objective(w, z, y, C)
-        while rate > 1e-9 and _objective(w - rate * step, z, y, C) > now: rate /= 2
+        while rate > 1e-9 and _objective(w - rate * step, z, y, C) > now * (1 + 1e-12): rate /= 2  # more than rounding
         w, rate = w - rate * step, min(1.0, 2 * rate)
         if step.abs().max() <= 1e-12 * (1 + w.abs().max()): break
     return w[:, :-1] @ basis.T, w[:, -1]
