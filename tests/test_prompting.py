@@ -1,4 +1,4 @@
-"""Prompting: vectors on drawn texts, linear rules as scikit-learn's, label words by the chain rule, choices by brute force, clear errors."""
+"""Prompting: vectors on drawn texts, linear rules as sklearn's, label words by the chain rule, choices by brute force, clear errors."""
 
 import itertools
 import math
@@ -108,7 +108,8 @@ def test_the_probe_is_at_its_minimum(seed, n, e, classes, C):
 @pytest.mark.parametrize(("n", "e", "classes", "C"), [(20, 5, 3, 10.0), (4, 30, 4, 1.0), (60, 8, 2, 3.0), (30, 50, 6, 5.0)])
 def test_the_probe_is_sklearns(n, e, classes, C, device):
     x, y = drawn(3, n, e, classes)
-    theirs = LogisticRegression(C=2 * C if classes == 2 else C, solver="newton-cholesky", tol=1e-14, max_iter=1000).fit(x.numpy(), y.numpy())
+    theirs = LogisticRegression(C=2 * C if classes == 2 else C, solver="newton-cholesky", tol=1e-14, max_iter=1000)
+    theirs.fit(x.numpy(), y.numpy())
     W, b = (t.cpu() for t in P.probe(x.to(device), y.to(device), classes, C))
     ours, coef = (W[1:] - W[:1] if classes == 2 else W), torch.tensor(theirs.coef_)
     terms = 15 * len(y) * classes * (e + 1)
