@@ -256,6 +256,8 @@ def test_picked_by_hand(seed, m, n, data):
     (lambda b, g: P.probe(torch.eye(2), torch.tensor([0, 1]), 2, C=0), "must be above 0"),
     (lambda b, g: P.cloze(*b, ["x"], "{text}", [["soup"]]), "lacks"),
     (lambda b, g: P.cloze(*b, ["x"], "{text} {mask}", [["soup"], ["soup soup"]]), "a gap holds one token"),
+    (lambda b, g: P.cloze(*b, ["x"], "{text} {mask}", [["soup"], ["\u4f60"]]), r"\['\[UNK\]'\] to this tokenizer"),
+    (lambda b, g: P.cloze(*b, [], "{text} {mask}", [["soup"]]), "at least one text"),
     (lambda b, g: P.cloze(*b, ["soup [MASK]"], "{text} {mask}", [["soup"]]), "marks the gap"),
     (lambda b, g: P.cloze(*b, ["soup " * 80], "{text} {mask}", [["soup"]]), "83 tokens, the model has room for 64"),
     (lambda b, g: P.calibrate(torch.zeros(2, 3), torch.zeros(2)), r"shape \(3,\)"),

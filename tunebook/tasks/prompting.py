@@ -19,7 +19,7 @@ from ..tuning.full import vectors
 def sentence_vectors(
     model: nn.Module,  # an encoder of transformers
     tokenizer: Any,
-    texts: Sequence[str],
+    texts: Sequence[str],  # cut at the tokenizer's limit
     batch: int = 32,  # texts at once
 ) -> Tensor:  # (N, E), each of length 1
     """Means of the token states, as sentence encoders take them (Reimers and Gurevych 2019, section 3)."""
@@ -35,7 +35,7 @@ def zero_shot(
     encode: Callable[[list[str]], Tensor],  # texts to vectors
     template: str = "{}",  # what to say about a name
 ) -> Tensor:  # (N, C) cosines
-    """Closeness to the classes' descriptions (Yin et al. 2019, section 4, with a sentence encoder)."""
+    """Closeness to the classes' descriptions (Yin et al. 2019; here by a sentence encoder)."""
     if "{}" not in template: raise ValueError(f"expected a template with {{}} for the name of the class, got {template!r}")
     return x @ encode([template.format(n) for n in names]).T
 
@@ -115,9 +115,10 @@ def cloze(
     words: Sequence[Sequence[str]],  # for each class, the words that speak for it
     batch: int = 64,  # texts at once
 ) -> Tensor:  # (N, C) log-probability of any of a class's words in the gap
-    """Classes by the words in a gap (Schick and Schütze 2021, section 3.1; several words as in Hu et al. 2022)."""
+    """Classes by the words in a gap (Schick and Schütze 2021, section 3; several words as in Hu et al. 2022)."""
     if missing := [p for p in ("{text}", "{mask}") if p not in template]: raise ValueError(f"the template lacks {missing}: {template!r}")
-    if cut := [w for group in words for w in group if len(tokenizer.tokenize(w)) != 1]:
+    if not len(texts): raise ValueError("expected at least one text")
+    if cut := [w for group in words for w in group if len(t := tokenizer.tokenize(w)) != 1 or t == [tokenizer.unk_token]]:
         raise ValueError(f"{cut[0]!r} is {tokenizer.tokenize(cut[0])} to this tokenizer: a gap holds one token, choose words that are one")
     numbers, out = [tokenizer.convert_tokens_to_ids([tokenizer.tokenize(w)[0] for w in group]) for group in words], []
     for k in range(0, len(texts), batch):
@@ -189,7 +190,7 @@ def closest(
     pool: Tensor,  # (P, E) vectors of the examples to choose from
     k: int,
 ) -> Tensor:  # (N, K) numbers of the chosen examples, the nearest last
-    """The examples nearest to each query (Liu et al. 2022, section 3)."""
+    """The examples nearest to each query (Liu et al. 2022)."""
     if not 1 <= k <= len(pool): raise ValueError(f"asked for {k} examples of {len(pool)}")
     return (x @ pool.T).topk(k, dim=1).indices.flip(1)
 
@@ -199,7 +200,7 @@ def expected_best(
     items: int,  # k, that choose
     p: float,  # chance of a right answer
 ) -> float:
-    """Mean accuracy of the best of m on the items that chose it (order statistics: David and Nagaraja 2003, section 3.1)."""
+    """Mean accuracy of the best of m on the items that chose it (order statistics: David and Nagaraja 2003)."""
     if prompts < 1 or items < 1 or not 0 <= p <= 1:
         raise ValueError(f"expected counts of at least 1 and a chance, got {prompts}, {items}, {p}")
     count = torch.distributions.Binomial(items, torch.tensor(p, dtype=torch.float64))
