@@ -238,6 +238,11 @@ MUTANTS = {  # name: (chapter, right, wrong)
     "two shifts that pass": ("pitfalls", "value == 0) and ahead > max(itself, 0.5)", "value == 0) and itself > max(ahead, 0.5)"),
     "padding taken for text": ("pitfalls", "(y != IGNORED) & ~m.to(y.device)", "(y != IGNORED) & m.to(y.device)"),
     "small outputs taken for probabilities": ("pitfalls", "return 0 <= float(z.min()) and float(z.max()) <= 1", "return True"),
+    "means of any length": ("tasks/57_prompting", "2 * x @ means.T - means.square().sum(1)", "x @ means.T - means.square().sum(1)"),
+    "the probe's bias pays too": ("tasks/57_prompting", "keep[-1] = 0", "keep[-1] = 1"),
+    "calibration that multiplies": ("tasks/57_prompting", "(scores - blank).log_softmax(-1)", "(scores + blank).log_softmax(-1)"),
+    "the start mark forgotten": ("tasks/57_prompting", "[[*start, *p] for p in encode(", "[[*p] for p in encode("),
+    "a winner judged by its own items": ("tasks/57_prompting", "hits[best, order[count:]].double()", "hits[best, order[:count]].double()"),
 }
 UNTOUCHED = ("entropy/21_xent", "def log_softmax(", "def log_softmax(")
 
