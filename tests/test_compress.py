@@ -89,6 +89,13 @@ def test_hooks_are_gone_even_after_an_error():
     same(m(ids), before)
 
 
+def test_gates_that_do_not_fit_are_refused():
+    m, ids = model(), texts(0)[0]
+    for layers, where in ((2, m), (3, prune_heads(m, {1: [0, 1]})), (3, prune_heads(m, {1: [0, 1, 2]}))):
+        with pytest.raises((ValueError, RuntimeError)), gated(where, torch.ones(layers, 4, dtype=torch.float64)):
+            where(ids)
+
+
 @few
 @given(seeds)
 def test_importance_is_the_slope_of_each_text(seed):

@@ -41,10 +41,11 @@ def gated(
     gates: Tensor,  # (L, H), or (L, B, H) with a row for each text
 ) -> Iterator[None]:
     """Multiply each head's output by its gate (Michel et al. 2019, section 2.3)."""
-    def hook(g: Tensor) -> Callable[..., tuple[Tensor]]:
+    def hook(g: Tensor, width: int) -> Callable[..., tuple[Tensor]]:
         g = g[..., None] if g.ndim == 1 else g[:, None, :, None]
-        return lambda _, args: ((args[0].unflatten(-1, (g.shape[-2], -1)) * g).flatten(-2),)
-    handles = [b.attention.output.dense.register_forward_pre_hook(hook(g)) for b, g in zip(blocks(model), gates, strict=True)]
+        return lambda _, args: ((args[0].unflatten(-1, (-1, width)) * g).flatten(-2),)
+    pairs = [(b.attention, g) for b, g in zip(blocks(model), gates, strict=True)]
+    handles = [a.output.dense.register_forward_pre_hook(hook(g, a.self.attention_head_size)) for a, g in pairs]
     try: yield
     finally:
         for h in handles: h.remove()
@@ -303,7 +304,7 @@ def onnx_int8(
     with tempfile.TemporaryDirectory() as folder:
         before, after = Path(folder) / "before.onnx", Path(folder) / "after.onnx"
         before.write_bytes(file)
-        logging.disable(logging.WARNING)  # it asks for a pass that shape inference has made
+        logging.disable(logging.WARNING)  # it recommends a pass that this file does not need
         try: quantize_dynamic(before, after, weight_type=QuantType.QInt8)
         finally: logging.disable(logging.NOTSET)
         return after.read_bytes()
