@@ -274,7 +274,8 @@ def onnx_model(
     threads: int = 1,
 ) -> Callable[[Tensor], Tensor]:  # logits of token numbers
     """An ONNX file as a function, run by onnxruntime on the CPU."""
-    import onnxruntime
+    try: import onnxruntime
+    except ImportError as e: raise ImportError("running an ONNX file needs onnxruntime: pip install 'tunebook[labs]'") from e
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.log_severity_level = threads, 3
     session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
