@@ -243,6 +243,14 @@ MUTANTS = {  # name: (chapter, right, wrong)
     "calibration that multiplies": ("tasks/57_prompting", "(scores - blank).log_softmax(-1)", "(scores + blank).log_softmax(-1)"),
     "the start mark forgotten": ("tasks/57_prompting", "[[*start, *p] for p in encode(", "[[*p] for p in encode("),
     "a winner judged by its own items": ("tasks/57_prompting", "hits[best, order[count:]].double()", "hits[best, order[:count]].double()"),
+    "importance that cancels between texts": ("tasks/59_compress", "gates)[0].abs().sum(1)", "gates)[0].sum(1).abs()"),
+    "a head cut out at another's place": ("tasks/59_compress", "h * D + d for h in range(H)", "d * H + h for h in range(H)"),
+    "a step too wide by half a level": ("tasks/59_compress", "(top / 127.5).clamp(", "(top / 127).clamp("),
+    "a zero that is not at zero": ("tasks/59_compress", "* (1 / step)).round() + zero).clamp(0, 127) - zero",
+                                   "* (1 / step)).round() + zero).clamp(0, 127) - 64"),
+    "a temperature without its square": ("tasks/59_compress", "return temperature**2 * (", "return temperature * ("),
+    "sparse rows without their end": ("tasks/59_compress", "(rows + 1) * index", "rows * index"),
+    "a length of the example for ever": ("tasks/59_compress", '"ids": {0: "B", 1: "T"}', '"ids": {0: "B"}'),
 }
 UNTOUCHED = ("entropy/21_xent", "def log_softmax(", "def log_softmax(")
 
