@@ -263,7 +263,7 @@ def test_a_reader_learns_its_questions():
 @real
 @pytest.mark.parametrize("name, total, lost", [("xquad_en", 1190, 0), ("cmrc2018_trial", 1002, 1)])
 def test_real_sets_align_and_windows_hold_every_answer(tokenizer, name, total, lost):
-    """All true answers read back from their pieces, but one that is cut in each set, and a Hebrew one that ends in a mark without a piece."""
+    """Answers read back from their pieces, but one that is cut in each set, and a Hebrew one that ends in a mark with no piece."""
     rows = locate(name)[1]["test"]
     ready = prepare(rows, tokenizer, limit=512, overlap=200)
     assert len(rows) == total and ready.lost == lost and len(ready.examples) > total

@@ -194,6 +194,11 @@ MUTANTS = {  # name: (chapter, right, wrong)
     "a tag on every piece": ("tasks/51_tag", "first = [w is not None and w != before for", "first = [w is not None for"),
     "a row that may begin anyhow": ("tasks/51_tag", "best, came = scores[0] + moves[-1], []", "best, came = scores[0], []"),
     "moves turned over": ("tasks/51_tag", "(best[:, None] + moves[:-1])", "(best[:, None] + moves[:-1].mT)"),
+    "articles before punctuation": ("tasks/52_answer", '" ", text.lower().translate(PUNCTUATION))', '" ", text.lower()).translate(PUNCTUATION)'),
+    "windows side by side": ("tasks/52_answer", "max(1, length - overlap), size - overlap)", "max(1, length - overlap), size)"),
+    "an end before its beginning": ("tasks/52_answer", ".triu().tril(most - 1)", ".tril(most - 1)"),
+    "silence of the emptiest window": ("tasks/52_answer", "v - min(none[i])", "v - max(none[i])"),
+    "the half of an answer": ("tasks/52_answer", " or offsets[touched[-1]][1] < stop: return None", ": return None"),
     "context in the name": ("tasks/51_tag", 'if p[0] != "("]', "]"),
 }
 UNTOUCHED = ("entropy/21_xent", "def log_softmax(", "def log_softmax(")
