@@ -7,7 +7,7 @@ __all__ = ['PUNCTUATION', 'Offsets', 'normalize', 'words', 'exact_match', 'f1', 
            'Prepared', 'prepare', 'top_spans', 'span_scores', 'span_loss', 'read', 'Answer', 'answers', 'curve',
            'choose', 'Matcher', 'overlap_sentence']
 
-# %% ../../nbs/tasks/52_answer.ipynb #c0906aa8
+# %% ../../nbs/tasks/52_answer.ipynb #e5fba07e
 import math
 import re
 import string
@@ -24,7 +24,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from ..tuning.batches import Example, pad
 
-# %% ../../nbs/tasks/52_answer.ipynb #d60baa16
+# %% ../../nbs/tasks/52_answer.ipynb #9d252bd6
 PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 def normalize(
@@ -41,7 +41,7 @@ def words(
     plain = normalize(text)
     return re.findall(r"[\u3400-\u9fff]|[^\W\u3400-\u9fff]+", plain) if characters else plain.split()
 
-# %% ../../nbs/tasks/52_answer.ipynb #c3993db7
+# %% ../../nbs/tasks/52_answer.ipynb #af78790d
 def exact_match(
     answer: str,
     gold: str,
@@ -60,7 +60,7 @@ def f1(
     shared = sum((Counter(a) & Counter(g)).values())
     return 2 * shared / (len(a) + len(g)) if a and g else float(a == g)
 
-# %% ../../nbs/tasks/52_answer.ipynb #968fc4ff
+# %% ../../nbs/tasks/52_answer.ipynb #a4246c95
 def best(
     answer: str,
     golds: Sequence[str],  # none: the text does not say
@@ -85,7 +85,7 @@ def score(
         if those: out[name + "total"] = len(those)
     return out
 
-# %% ../../nbs/tasks/52_answer.ipynb #cd34d631
+# %% ../../nbs/tasks/52_answer.ipynb #69b7cb4b
 Offsets = Sequence[tuple[int, int]]  # characters of each piece; (0, 0) where it is not of the context
 
 def place(
@@ -103,7 +103,7 @@ def trimmed(answer: str, start: int) -> tuple[int, int]:
     left = start + len(answer) - len(answer.lstrip())
     return left, left + len(answer.strip())
 
-# %% ../../nbs/tasks/52_answer.ipynb #cae4a4f5
+# %% ../../nbs/tasks/52_answer.ipynb #098cd833
 def windows(
     length: int,  # pieces of the context
     size: int,  # pieces in a window
@@ -114,7 +114,7 @@ def windows(
     starts = range(0, max(1, length - overlap), size - overlap)
     return [(a, min(a + size, length)) for a in starts]
 
-# %% ../../nbs/tasks/52_answer.ipynb #bd278819
+# %% ../../nbs/tasks/52_answer.ipynb #3d2aeec2
 @dataclass(frozen=True)
 class Prepared:
     """Questions as examples, one for each window."""
@@ -133,7 +133,7 @@ def _answer(i: int, row: Mapping[str, Any]) -> tuple[int, int] | None:
     if not answer.strip(): raise ValueError(f"row {i}: the answer is empty: leave answers and starts empty where the text does not say")
     return trimmed(answer, at)
 
-# %% ../../nbs/tasks/52_answer.ipynb #45cf81d2
+# %% ../../nbs/tasks/52_answer.ipynb #a9f8cdea
 def prepare(
     rows: Sequence[Mapping[str, Any]],  # questions
     tokenizer: Any,  # a fast one of transformers
@@ -163,7 +163,7 @@ def prepare(
         out.offsets.append(offsets)
     return Prepared(out.examples, out.owner, out.offsets, len(wide), sum(s is not None for s in spans) - len(whole))
 
-# %% ../../nbs/tasks/52_answer.ipynb #75794b3b
+# %% ../../nbs/tasks/52_answer.ipynb #3107df40
 def top_spans(
     scores: Tensor,  # (T, 2) to begin and to end; -inf where closed, position 0 means no answer
     most: int = 30,  # pieces of an answer
@@ -176,7 +176,7 @@ def top_spans(
     values, at = sums.masked_fill(~legal, -torch.inf).flatten().topk(min(k, sums.numel()))
     return [(v, *divmod(i, len(scores))) for v, i in zip(values.tolist(), at.tolist()) if v > -math.inf]
 
-# %% ../../nbs/tasks/52_answer.ipynb #314e22ab
+# %% ../../nbs/tasks/52_answer.ipynb #41692433
 def span_scores(
     reader: nn.Module,
     batch: Mapping[str, Tensor],
@@ -195,7 +195,7 @@ def span_loss(
     begin, end = (F.cross_entropy(z[..., i], batch[k], reduction="sum") for i, k in enumerate(("labels", "end")))
     return (begin + end) / 2, z[..., 0]
 
-# %% ../../nbs/tasks/52_answer.ipynb #80a473a0
+# %% ../../nbs/tasks/52_answer.ipynb #c9d37e32
 @torch.no_grad()
 def read(
     reader: nn.Module,
@@ -218,7 +218,7 @@ class Answer:
     start: int  # character
     margin: float  # its score minus that of no answer
 
-# %% ../../nbs/tasks/52_answer.ipynb #60737628
+# %% ../../nbs/tasks/52_answer.ipynb #c38e0377
 def answers(
     rows: Sequence[Mapping[str, Any]],
     ready: Prepared,
@@ -234,7 +234,7 @@ def answers(
     found = [max(spans[i]) if spans[i] else (-math.inf, 0, 0) for i in range(len(rows))]
     return [Answer(r["context"][a:b], a, v - min(none[i])) for i, (r, (v, a, b)) in enumerate(zip(rows, found))]
 
-# %% ../../nbs/tasks/52_answer.ipynb #469ca51f
+# %% ../../nbs/tasks/52_answer.ipynb #a29a4092
 def curve(
     margins: Sequence[float],  # N
     gains: Sequence[float],  # N, what each answer would score if given: 0 to 1
@@ -256,34 +256,32 @@ def choose(
     has = sum(answerable)
     return max(curve(margins, gains, answerable), key=lambda p: (p[1] * has + p[2] * (len(answerable) - has), p[0]))[0]
 
-# %% ../../nbs/tasks/52_answer.ipynb #7475248b
+# %% ../../nbs/tasks/52_answer.ipynb #b0940af6
 class Matcher(nn.Module):
     """Two scores for each frozen vector, which looks at the question's (aligned question embedding, Chen et al., 2017, section 3.2)."""
 
     def __init__(
         self,
         vectors: Sequence[Tensor],  # (T, E) of each row, laid out as its input_ids
-        width: int = 64,
-        dropout: float = 0.1,
+        width: int = 48,
     ) -> None:
         """New weights; the vectors are kept as they are."""
         super().__init__()
         self.vectors, E = list(vectors), vectors[0].shape[-1]
         self.look, self.mix, self.out = nn.Linear(E, width), nn.Linear(3 * width, width), nn.Linear(width, 2)
-        self.drop = nn.Dropout(dropout)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor, row: Tensor) -> SimpleNamespace:
         """Scores to begin and to end, (B, T) each, of these rows."""
         x = pad_sequence([self.vectors[i] for i in row.tolist()], batch_first=True).to(self.out.weight.device)
         asks = (token_type_ids == 0) & attention_mask.bool()
         asks = asks[:, None, :int(asks.sum(-1).max())]  # questions stand first
-        p = self.drop(self.look(x))
+        p = self.look(x)
         q = p[:, :asks.shape[-1]]
         near = (p @ q.mT / p.shape[-1] ** 0.5).masked_fill(~asks, -torch.inf).softmax(-1) @ q
         start, end = self.out(torch.relu(self.mix(torch.cat([p, near, p * near], -1)))).unbind(-1)
         return SimpleNamespace(start_logits=start, end_logits=end)
 
-# %% ../../nbs/tasks/52_answer.ipynb #eb49768a
+# %% ../../nbs/tasks/52_answer.ipynb #99162231
 def overlap_sentence(
     context: str,
     question: str,
