@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['SPLITS', 'WORDS', 'DOMAINS', 'TENSES', 'OPENERS', 'TEMPLATES', 'Splits', 'PAIRS', 'CARD', 'CATALOGUE', 'Dice',
-           'generate_reviews', 'digest', 'files', 'read_csv', 'tidy', 'split_rows', 'read_polarity', 'read_parquet',
-           'read_text', 'DataSet', 'known', 'checkout', 'rungs', 'locate', 'load', 'write']
+           'generate_reviews', 'jsonl', 'digest', 'card', 'table', 'files', 'read_csv', 'read_jsonl', 'tidy',
+           'split_rows', 'read_polarity', 'read_parquet', 'read_text', 'DataSet', 'catalogue', 'known', 'checkout',
+           'rungs', 'locate', 'load', 'write']
 
 # %% ../../nbs/kit/03_data.ipynb #1d6e4fd7
 import csv
@@ -18,6 +19,7 @@ import random
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -235,13 +237,17 @@ def generate_reviews(
     return splits
 
 # %% ../../nbs/kit/03_data.ipynb #9ec7e061
+def jsonl(
+    rows: list[dict[str, Any]],  # plain values, lists of them too
+) -> bytes:
+    """Rows as JSON lines: one compact object a line, keys sorted, UTF-8."""
+    return "".join(json.dumps(r, ensure_ascii=False, sort_keys=True, separators=(",", ":")) + "\n" for r in rows).encode()
+
 def digest(
     splits: Splits,  # rows of each split
 ) -> str:
-    """Hex sha256 of the content: split names and rows in order, a row as compact JSON with sorted keys, one a line."""
-    lines = (x if isinstance(x, str) else json.dumps(x, ensure_ascii=False, sort_keys=True, separators=(",", ":"))
-             for split, rows in splits.items() for x in [split, *rows])
-    return hashlib.sha256("".join(line + "\n" for line in lines).encode()).hexdigest()
+    """Hex sha256 of the content: the name of each split on a line, then its rows as JSON lines."""
+    return hashlib.sha256(b"".join(f"{split}\n".encode() + jsonl(rows) for split, rows in splits.items())).hexdigest()
 
 # %% ../../nbs/kit/03_data.ipynb #962ceaba
 CARD = """# reviews
@@ -269,36 +275,55 @@ sentences of a pair are not independent; a score here says how a model handles t
 people's reviews.
 """
 
-def files(
+def card(
     splits: Splits,  # of reviews
-) -> dict[str, bytes]:  # file name: content
-    """The shipped files of a set: one CSV per split (UTF-8, line feeds) and card.md."""
-    out = {}
-    for split, rows in splits.items():
-        text = io.StringIO()
-        writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-        out[f"{split}.csv"] = text.getvalue().encode()
+) -> str:
+    """The card of reviews: how it was made, how it is labelled, its sizes and limits."""
     def line(split: str, rows: list[dict[str, Any]]) -> str:
         labels, kinds = Counter(r["label"] for r in rows), Counter(r["phenomenon"] for r in rows)
         return f"| {' | '.join(map(str, (split, len(rows), labels[0], labels[1], *(kinds[p] for p in TEMPLATES))))} |"
     words = {w for pair in WORDS.values() for side in pair for w in side.split() if w != "|"}
-    card = CARD.format(phenomena=" | ".join(TEMPLATES), dashes="---|" * len(TEMPLATES),
+    return CARD.format(phenomena=" | ".join(TEMPLATES), dashes="---|" * len(TEMPLATES),
                        table="\n".join(line(*s) for s in splits.items()), words=len(words),
                        templates=sum(len(g) for groups in TEMPLATES.values() for g in groups))
-    return out | {"card.md": card.encode()}
 
 # %% ../../nbs/kit/03_data.ipynb #040c1215
+def table(
+    rows: list[dict[str, Any]],  # plain values under the same keys
+) -> bytes:
+    """Rows as CSV with a header (UTF-8, line feeds)."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue().encode()
+
+def files(
+    splits: Splits,
+    text: str,  # of the set's card
+    pack: Callable[[list[dict[str, Any]]], bytes] = jsonl,  # or `table`
+) -> dict[str, bytes]:  # file name: content
+    """The shipped files of a set: one for each split, .jsonl or .csv, and card.md."""
+    end = "csv" if pack is table else "jsonl"
+    return {f"{split}.{end}": pack(rows) for split, rows in splits.items()} | {"card.md": text.encode()}
+
+# %% ../../nbs/kit/03_data.ipynb #bb19800f
 def read_csv(
     folder: Path,  # holds train.csv, validation.csv, test.csv
 ) -> Splits:
-    """Read the splits of a shipped set; labels and pair numbers become integers."""
+    """Read the splits of reviews; labels and pair numbers become integers."""
     splits = {}
     for split in SPLITS:
         with open(folder / f"{split}.csv", newline="", encoding="utf-8") as f:
             splits[split] = [row | {k: int(row[k]) for k in ("label", "pair")} for row in csv.DictReader(f)]
     return splits
+
+def read_jsonl(
+    folder: Path,  # holds a file for each split
+    splits: Sequence[str] = SPLITS,
+) -> Splits:
+    """Read the splits of a shipped set from JSON lines; only a line feed ends a line."""
+    return {split: [json.loads(line) for line in (folder / f"{split}.jsonl").read_bytes().split(b"\n") if line] for split in splits}
 
 # %% ../../nbs/kit/03_data.ipynb #ea738ac4
 def tidy(
@@ -374,6 +399,9 @@ class DataSet:
     read: Callable[[Path], Splits]  # from a folder with these files
     hub: str = ""  # hub id
     make: Callable[[], Splits] | None = None  # generator of a shipped set
+    card: Callable[[Splits], str] | None = None  # its card, from its rows
+    source: str = ""  # where its authors publish the files
+    folder: str = ""  # of the files below TUNEBOOK_DATA; default: the name
 
 CATALOGUE = {d.name: d for d in [
     DataSet("reviews", "sentiment", "CC0-1.0", "generated sentences with negation, contrast and held-out words, 2400/600/1000",
@@ -381,7 +409,7 @@ CATALOGUE = {d.name: d for d in [
             {"train.csv": "b3f82ab104d0c235350b1be5cf24fe81f9517cfb98c961988164da5fc41df756",
              "validation.csv": "2f5da6ef10bdbebb36cf0110e90b5863b2e4655aab4ca87c9788230d354470dc",
              "test.csv": "393716458e6acd5ed645b4eb27519f7370cdbd24cfa2d645a0dd2b9c35c64f79"},
-            read_csv, make=generate_reviews),
+            read_csv, make=generate_reviews, card=card),
     DataSet("rt_polarity", "sentiment", "CC-BY-4.0", "sentences of film reviews (Pang and Lee, 2005), 8530/1066/1066, our split",
             ("negative", "positive"), "de9ce6c51d550e75d112876112fd5adbd5a83b215b138f8f8f60adb4da15d59a",
             {"rt-polarity.pos": "4134882974a28d0c7b5151256f0e33a6169984ee7372c279e673f1114f475d58",
@@ -391,14 +419,24 @@ CATALOGUE = {d.name: d for d in [
             (), "17ffc8d4142cbf7e74b55f0a7287904a8b3e8b095839a5d31ff5a0933a86bb93",
             {"input.txt": "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"}, read_text)]}
 
+# %% ../../nbs/kit/03_data.ipynb #1766d688
+@cache
+def catalogue() -> dict[str, DataSet]:
+    """Every data set by name: those above and those of the other modules; a name is taken once."""
+    from tunebook.kit import formats, sets, streams, texts
+    found = [CATALOGUE, *(module.SETS for module in (formats, sets, streams, texts))]
+    taken = Counter(name for sets in found for name in sets)
+    if twice := [name for name, n in taken.items() if n > 1]: raise ValueError(f"two data sets are called {', '.join(twice)}")
+    return {name: d for sets in found for name, d in sets.items()}
+
 def known(
     name: str,  # as typed
 ) -> DataSet:
     """The entry of the catalogue; ValueError with the nearest name when there is none."""
-    if name in CATALOGUE: return CATALOGUE[name]
-    near = difflib.get_close_matches(str(name), CATALOGUE, n=1, cutoff=0.4)
+    if name in (sets := catalogue()): return sets[name]
+    near = difflib.get_close_matches(str(name), sets, n=1, cutoff=0.4)
     hint = f"; did you mean {near[0]!r}?" if near else "."
-    raise ValueError(f"no data set is called {name!r}{hint} Known: {', '.join(CATALOGUE)}")
+    raise ValueError(f"no data set is called {name!r}{hint} Known: {', '.join(sets)}")
 
 # %% ../../nbs/kit/03_data.ipynb #444f9e3d
 def _checked(d: DataSet, splits: Splits, where: str | Path) -> Splits:
@@ -422,9 +460,11 @@ def checkout() -> Path | None:
 
 def _env(d: DataSet) -> Splits:
     "The set from the folder that TUNEBOOK_DATA names."
-    fix = f"put {', '.join(d.files)} into a folder {d.name} and set TUNEBOOK_DATA to the folder that holds it"
+    here = d.folder or d.name
+    fix = f"put {', '.join(d.files)} into a folder {here} and set TUNEBOOK_DATA to the folder that holds it"
+    if d.source: fix += f"; the files are at {d.source}"
     if not (root := os.environ.get("TUNEBOOK_DATA")): raise Missing("it is not set", fix)
-    try: return _folder(d, Path(root).expanduser() / d.name)
+    try: return _folder(d, Path(root).expanduser() / here)
     except Missing as e: raise Missing(str(e), fix) from None
 
 def _hub(d: DataSet) -> Splits:
@@ -458,17 +498,25 @@ def locate(
     except Missing as e: raise NotFound(f"{e}: the path must be a folder with {', '.join(d.files)}") from None
 
 # %% ../../nbs/kit/03_data.ipynb #0f6acc63
+def _type(values: list[Any]) -> Any:
+    "The feature of a column; values are alike, and lists are seen together so that an empty one decides nothing."
+    from datasets import List, Value
+    if values and isinstance(values[0], list): return List(_type([x for v in values for x in v]))
+    return Value({bool: "bool", int: "int64", float: "float64"}.get(type(values[0]) if values else str, "string"))
+
+# %% ../../nbs/kit/03_data.ipynb #7fee13ca
 def load(
     name: str,  # a name of the catalogue
     path: str | Path | None = None,  # a folder with the set's files, which then must hold it
-) -> "DatasetDict":  # train, validation, test; `.info.description` names the rung that served
+) -> "DatasetDict":  # the set's splits; `.info.description` names the rung that served
     """Load a data set by name: the same rows in the same splits whichever rung serves."""
     d = known(name)
     _datasets()
-    from datasets import ClassLabel, Dataset, DatasetDict, DatasetInfo, Features, Value
+    from datasets import ClassLabel, Dataset, DatasetDict, DatasetInfo, Features
     rung, splits = locate(name, path)
     used(f"data {name}", d.digest)
-    kinds = {k: Value("int64" if isinstance(v, int) else "string") for k, v in splits["train"][0].items()}
+    every = [row for rows in splits.values() for row in rows]
+    kinds = {k: _type([row[k] for row in every]) for k in every[0]}
     features = Features(kinds | ({"label": ClassLabel(names=list(d.labels))} if d.labels else {}))
     info = DatasetInfo(description=f"{d.name}: {d.about}. Served by: {rung}.", license=d.licence, features=features)
     return DatasetDict({split: Dataset.from_list(rows, features=features, info=info) for split, rows in splits.items()})
@@ -483,7 +531,8 @@ def write(
     if not d.make: raise ValueError(f"{name!r} is not made by the kit: its files come from its authors")
     folder.mkdir(parents=True, exist_ok=True)
     written = []
-    for file, data in files(d.make()).items():
+    made = d.make()
+    for file, data in files(made, d.card(made), table if "train.csv" in d.files else jsonl).items():
         part = folder / f".{file}.{os.getpid()}"
         try:
             part.write_bytes(data)
