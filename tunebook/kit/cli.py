@@ -315,8 +315,8 @@ def _ladders() -> Iterator[tuple[bool, str]]:
     "Each data set and model, the rung that serves it, and why those above do not."
     from tunebook.kit import data, models
     from tunebook.kit.ladder import survey
-    for kind, module in (("data", data), ("model", models)):
-        for name in module.CATALOGUE:
+    for kind, module, names in (("data", data, data.catalogue()), ("model", models, models.CATALOGUE)):
+        for name in names:
             asked = survey(module.rungs(name))
             serving = next((rung for rung, serves, _ in asked if serves), None)
             why = "; ".join(f"{rung}: {reason}" for rung, _, reason in asked if reason)

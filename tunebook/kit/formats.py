@@ -214,7 +214,8 @@ def place(
 def _question(context: str, qa: dict[str, Any], report: Report) -> Iterator[dict[str, Any]]:
     "The row of one question, or none."
     given, id, question, kept = qa["answers"], str(qa["id"]), qa["question"], []
-    if not isinstance(question, str): raise TypeError(f"the question of {id} is no text")
+    for what, value in (("question", question), ("context", context)):
+        if not isinstance(value, str): raise TypeError(f"the {what} of {id} is no text")
     for text, start in ((a["text"], a["answer_start"]) for a in given):
         at = place(context, text, start)
         if at is None: report.note("answers that the text does not hold, left out", id)
@@ -245,7 +246,7 @@ def read_pairs(
     """Read a JSON object of lists of [text, label], one for each split (CLINC150's format)."""
     text, report = decode(path)
     data, splits = parse(text, path), {}
-    if not isinstance(data, dict): raise fault(path, "JSON", f"a {type(data).__name__}", "expected an object with a list for each split")
+    if not isinstance(data, dict): raise fault(path, 1, f"a JSON {type(data).__name__}", "expected an object with a list for each split")
     for split, pairs in data.items():
         if not isinstance(pairs, list): raise fault(path, split, f"a JSON {type(pairs).__name__}", "expected a list of [text, label]")
         for p in pairs:
