@@ -199,6 +199,15 @@ MUTANTS = {  # name: (chapter, right, wrong)
                                             "STEPS.get(name, 1 if plain else None)", "STEPS.get(name, 1 if plain else 0)"),
     "a row expanded is many rows": ("timing/41_roofline", "zip(t.shape, t.stride()) if step or not n)", "zip(t.shape, t.stride()))"),
     "a layer whose rows move nothing": ("timing/41_roofline", "1 - half * (1 / E + 1 / M)", "1 - half * (1 / E)"),
+    "a name that goes on as another kind": ("tasks/51_tag", "and begun and found[-1].kind == kind:", "and begun:"),
+    "a tag on every piece": ("tasks/51_tag", "first = [w is not None and w != before for", "first = [w is not None for"),
+    "a row that may begin anyhow": ("tasks/51_tag", "best, came = scores[0] + moves[-1], []", "best, came = scores[0], []"),
+    "moves turned over": ("tasks/51_tag", "(best[:, None] + moves[:-1])", "(best[:, None] + moves[:-1].mT)"),
+    "context in the name": ("tasks/51_tag", 'if p[0] != "("]', "]"),
+    "ties that count whole": ("tasks/50_classify", "(many.double() - 1) / 2", "(many.double() - 1) * 0"),
+    "answers counted for the true class": ("tasks/50_classify", "n.diagonal(), n.sum(0), n.sum(1)", "n.diagonal(), n.sum(1), n.sum(0)"),
+    "an interval that leaves 0 and 1": ("tasks/50_classify", "math.sqrt(p * (1 - p) * w + w * w / 4)", "math.sqrt(p * (1 - p) * w)"),
+    "the surest threshold, not the one that answers most": ("tasks/50_classify", "kept[-1].threshold", "kept[0].threshold"),
 }
 UNTOUCHED = ("entropy/21_xent", "def log_softmax(", "def log_softmax(")
 
