@@ -47,7 +47,6 @@ quick = settings(deadline=None, max_examples=80, derandomize=True)
 ROW = st.lists(st.sampled_from(["a", "b", "c", "the", "cat"]), max_size=7)
 WORD = st.text("abc", max_size=6)
 DEVICES = ["cpu"] + ["cuda"] * torch.cuda.is_available()
-ONE, TWO, RIGHT, FIRST = (0, 1), (0, 1), (0, 1), (0, 1)
 real = pytest.mark.skipif(not os.environ.get("TUNEBOOK_DATA"), reason="needs the real data: set TUNEBOOK_DATA")
 
 
@@ -69,7 +68,7 @@ def test_one_step_is_a_neighbour(a, b):
 @quick
 @given(ROW, ROW)
 def test_edits_and_tags_lead_to_the_target(a, b):
-    assert apply(a, steps(a, b)) == apply(a, edits(a, b)) == b
+    assert apply(a, steps(a, b)) == apply(a, edits(a, b)) == b  # edits at one place keep their order
     assert all(x.end < y.start for x, y in itertools.pairwise(edits(a, b)))  # touching ones are joined
     if a: assert from_tags(a, to_tags(a, b)) == b and (to_tags(a, b) == ["keep"] * len(a)) == (a == b)
 
@@ -96,7 +95,8 @@ def test_f_equals_scikit_learn(pairs, beta):
 
 
 def test_f_one_is_the_f_of_names():
-    for counts in itertools.product(range(3), range(3, 6), range(3, 6)): assert f_beta(Score(*counts), 1.0) == pytest.approx(Score(*counts).f1)
+    for counts in itertools.product(range(3), range(3, 6), range(3, 6)):
+        assert f_beta(Score(*counts), 1.0) == pytest.approx(Score(*counts).f1)
     assert f_beta(Score(0, 0, 0)) == f_beta(Score(0, 3, 0)) == f_beta(Score(0, 0, 3)) == 0.0
 
 
@@ -145,7 +145,7 @@ def test_what_is_seen_often_is_likelier():
     channel = Channel([("teh", "the")] * 9 + [("the", "the")] * 90)
     assert channel.logp("teh", "the") > channel.logp("hte", "the") > channel.logp("thr", "the")
     kinds = [slip("from", e) for typed in ("form", "frim", "frrom", "frm", "xfrom") for e in steps("from", typed)]
-    assert kinds == [("swapped", "ro"), ("replaced", "oi"), ("added", "rr"), ("dropped", "ro"), ("added", "x")]
+    assert kinds == [("swapped", "ro"), ("replaced", "oi"), ("added", "rr"), ("dropped", "om"), ("added", "xf")]
 
 
 @quick
@@ -167,7 +167,8 @@ def test_words_around_hold_all_that_changes():
         assert model.around(other, t) - model.around(list("abca"), t) == pytest.approx(whole(other) - whole(list("abca")))
 
 
-PROPOSALS = st.lists(st.builds(lambda g, s, n: Proposal(g, Edit(s, s + n, ("x",))), st.floats(-5, 5), st.integers(0, 8), st.integers(1, 3)), max_size=8)
+PROPOSAL = st.builds(lambda g, s, n: Proposal(g, Edit(s, s + n, ("x",))), st.floats(-5, 5), st.integers(0, 8), st.integers(0, 3))
+PROPOSALS = st.lists(PROPOSAL, max_size=8)
 
 
 @quick
@@ -215,22 +216,22 @@ def test_the_tagger_proposes_what_changes(dtype, device):
 
 def test_the_channel_keeps_capitals_and_marks():
     words = WordModel([["their", "cat", "sat", "."]] * 3, ["there"])
-    found = by_channel(["There", "cat", "sat", "."], Near(["their", "there"], 2), Channel([("there", "their")] * 5), words)
+    found = by_channel(["There", "cat", "sat", "."], Near(["their", "there"], 2), Channel([("there", "their")] * 50), words)
     assert [p.edit for p in found] == [Edit(0, 1, ("Their",))] and found[0].gain > 0
 
 
 @real
 def test_how_near_codespells_corrections_are():
-    """Every seventh row of codespell: nearly all misspellings are within two steps of a correction, four of five within one."""
+    """Every seventh row of codespell: 96 % of misspellings are within two steps of a correction, 83 % within one."""
     rows = locate("codespell")[1]["train"][::7]
     far = [min(len(steps(right.lower(), r["wrong"].lower())) for right in r["right"]) for r in rows]
     one, two = (sum(d <= n for d in far) / len(rows) for n in (1, 2))
-    assert len(rows) == 9285 and ONE[0] < one < ONE[1] and TWO[0] < two < TWO[1], (one, two)
+    assert len(rows) == 9285 and 0.82 < one < 0.85 and 0.95 < two < 0.98, (one, two)
 
 
 @real
 def test_how_often_the_nearest_word_is_codespells_correction():
-    """The list knows all corrections and nothing of their frequency: a misspelling with one word near it is nearly always mended."""
+    """The list has all corrections: its first word one step away is right for 78 % of misspellings, for 99 % of those with only one."""
     rows = locate("codespell")[1]["train"]
     near = Near({w.lower() for r in rows for w in r["right"]})
     sample = rows[::29]
@@ -238,7 +239,7 @@ def test_how_often_the_nearest_word_is_codespells_correction():
     lone = [(r, w) for r, w in found if len(w) == 1]
     right = sum(w[0] in map(str.lower, r["right"]) for r, w in lone) / len(lone)
     first = sum(bool(w) and w[0] in map(str.lower, r["right"]) for r, w in found) / len(found)
-    assert RIGHT[0] < right < RIGHT[1] and FIRST[0] < first < FIRST[1], (right, first)
+    assert 0.98 < right < 1 and 0.76 < first < 0.81, (right, first)
 
 
 def test_the_import_is_light():

@@ -208,6 +208,12 @@ MUTANTS = {  # name: (chapter, right, wrong)
     "answers counted for the true class": ("tasks/50_classify", "n.diagonal(), n.sum(0), n.sum(1)", "n.diagonal(), n.sum(1), n.sum(0)"),
     "an interval that leaves 0 and 1": ("tasks/50_classify", "math.sqrt(p * (1 - p) * w + w * w / 4)", "math.sqrt(p * (1 - p) * w)"),
     "the surest threshold, not the one that answers most": ("tasks/50_classify", "kept[-1].threshold", "kept[0].threshold"),
+    "no swaps": ("tasks/55_correct", "i > 1 < j and a[i - 1]", "i > 9 < j and a[i - 1]"),
+    "recall counts more": ("tasks/55_correct", "s.predicted + beta**2 * s.gold", "s.gold + beta**2 * s.predicted"),
+    "counts without one added": ("tasks/55_correct", "(self.wrong[typed != meant] + 1) / (self.wrong.total() + 2)",
+                                 "(self.wrong[typed != meant] or 1) / self.wrong.total()"),
+    "a back-off that gives too much": ("tasks/55_correct", "(self.totals[before] + len(c))", "(self.totals[before] + 1)"),
+    "a promise that spoils one more": ("tasks/55_correct", "[int(share * len(surest))]", "[int(share * len(surest)) + 1]"),
 }
 UNTOUCHED = ("entropy/21_xent", "def log_softmax(", "def log_softmax(")
 

@@ -154,11 +154,11 @@ def slip(
     right: str,
     step: Edit,  # from the right word to the typed one
 ) -> tuple[str, str]:
-    """Kind of a step and its letters: one before and added or dropped; meant and typed; two swapped (Kernighan et al., 1990)."""
+    """Kind of a step and its letters: added or dropped and the next one; meant and typed; two swapped (after Kernighan et al., 1990)."""
     kind = KINDS[step.end - step.start, len(step.put)]
-    here, before = right[step.start:step.end], right[step.start - 1:step.start]
+    here, after = right[step.start:step.end], right[step.end:step.end + 1]
     put = "".join(step.put)
-    return kind, {"added": before + put, "dropped": before + here, "replaced": here + put, "swapped": here}[kind]
+    return kind, {"added": put + after, "dropped": here + after, "replaced": here + put, "swapped": here}[kind]
 
 class Channel:
     """P(typed | meant), counted from pairs, one added to every count."""
