@@ -257,6 +257,12 @@ MUTANTS = {  # name: (chapter, right, wrong)
     "a temperature without its square": ("tasks/59_compress", "return temperature**2 * (", "return temperature * ("),
     "sparse rows without their end": ("tasks/59_compress", "(rows + 1) * index", "rows * index"),
     "a length of the example for ever": ("tasks/59_compress", '"ids": {0: "B", 1: "T"}', '"ids": {0: "B"}'),
+    "no swaps": ("tasks/55_correct", "i > 1 < j and a[i - 1]", "i > 9 < j and a[i - 1]"),
+    "recall counts more": ("tasks/55_correct", "s.predicted + beta**2 * s.gold", "s.gold + beta**2 * s.predicted"),
+    "counts without one added": ("tasks/55_correct", "(self.wrong[typed != meant] + 1) / (self.wrong.total() + 2)",
+                                 "(self.wrong[typed != meant] or 1) / self.wrong.total()"),
+    "a back-off that gives too much": ("tasks/55_correct", "(self.totals[before] + len(c))", "(self.totals[before] + 1)"),
+    "a promise that spoils one more": ("tasks/55_correct", "[int(share * len(surest))]", "[int(share * len(surest)) + 1]"),
 }
 UNTOUCHED = ("entropy/21_xent", "def log_softmax(", "def log_softmax(")
 
