@@ -7,6 +7,7 @@ import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is loaded; on a busy machine two threads can be many times slower than one
 
+from tunebook.kit.cli import catalogue
 from tunebook.kit.run import Spec, chapters, run_all
 
 ROOT = Path(__file__).parent.parent
@@ -46,5 +47,5 @@ def suite(tmp_path_factory, offline_env) -> tuple[Path, dict[str, dict]]:
     """Every chapter, run once through the runner with the network refused: (output folder, results by name)."""
     out = tmp_path_factory.mktemp("run")
     specs = [Spec(str(ROOT / "nbs" / f"{name}.ipynb"), name, str(out), env=offline_env) for name in CHAPTERS]
-    results = run_all(specs, workers=2)
+    results = run_all(specs, workers=2, seconds={r["name"]: r["seconds"] for r in catalogue(ROOT) if r["seconds"]})
     return out, {r["name"]: r for r in results}

@@ -272,6 +272,7 @@ def stopped(tmp_path_factory, root):
     """What stopped each chapter that was made wrong, by the mutant's name; "" when nothing did."""
     jobs = {}
     for name, (chapter, *change) in {**MUTANTS, "untouched": UNTOUCHED}.items(): jobs.setdefault(chapter, []).append([name, *change])
+    jobs = dict(sorted(jobs.items(), key=lambda job: -len(job[1])))  # the longest first
     out = tmp_path_factory.mktemp("mutants") / "found.json"
     subprocess.run([sys.executable, str(root / "tests" / "hunt.py"), str(out)], input=json.dumps(jobs), text=True, check=True)
     found = {}
