@@ -152,6 +152,7 @@ def test_the_model_itself_stays():
 @quick
 @given(seeds, sides, sides, st.floats(0, 1), st.sampled_from([torch.float32, torch.float64, torch.bfloat16]))
 def test_masks_are_those_of_torch(seed, O, I, share, dtype):
+    torch.manual_seed(seed)
     a, b = nn.Linear(I, O).to(dtype), nn.Linear(O, O).to(dtype)
     for i, m in enumerate((a, b)):
         m.weight.data = drawn(seed + i, *m.weight.shape).to(dtype)
@@ -209,6 +210,7 @@ def quantized(layer, per_channel):
 @quick
 @given(seeds, sides, sides, sides, st.sampled_from([1e-3, 1.0, 30.0]), st.booleans(), st.booleans())
 def test_the_layer_is_that_of_torch(seed, B, I, O, size, bias, per_channel):
+    torch.manual_seed(seed)
     layer, x = nn.Linear(I, O, bias=bias), drawn(seed, B, I) * size
     layer.weight.data = drawn(seed + 1, O, I)
     ours, theirs = Int8Linear(layer, per_channel), quantized(layer, per_channel)
@@ -221,10 +223,11 @@ def test_the_layer_is_that_of_torch(seed, B, I, O, size, bias, per_channel):
 @given(seeds, sides, st.integers(1, 200), st.booleans())
 @pytest.mark.parametrize("device", DEVICES)
 def test_an_output_is_within_half_steps(device, seed, B, I, per_channel):
+    torch.manual_seed(seed)
     layer, x = nn.Linear(I, 5).to(device), drawn(seed, B, I).to(device)
     eight = Int8Linear(layer, per_channel)
     w = eight.weight * (eight.scale[:, None] if per_channel else eight.scale)
-    assert ((w - layer.weight).abs() <= weight_scale(layer.weight, per_channel) * 0.50001).all()
+    assert ((w - layer.weight).abs() <= weight_scale(layer.weight, per_channel) * (0.5 + 2 * 127 * 2**-23)).all()
     limit = eight.scale / 2 * x.abs().sum(1, keepdim=True) + grid(x)[0] / 2 * w.abs().sum(1)
     assert ((eight(x) - layer(x)).abs() <= limit * 1.0001 + 1e-5).all()
 
