@@ -1,6 +1,8 @@
 # Two commands: make run, make test. Each target sets up .venv first and then calls the package.
 PYTHON ?= python3
 BIN := .venv/bin
+# these run two processes of their own; of the others, two at a time
+PAIRED := tests/test_notebooks.py tests/test_mutants.py
 .DEFAULT_GOAL := help
 .PHONY: help run test lab docs clean
 
@@ -10,8 +12,9 @@ help:  ## show this help
 run: .venv/labs  ## run every chapter; report in _run/index.html
 	@$(BIN)/tunebook run
 
-test: .venv/dev  ## run all tests
-	@$(BIN)/python -m pytest
+test: .venv/dev  ## run all tests, on two cores
+	@bad=0; $(BIN)/python -m pytest $(PAIRED) || bad=1; \
+	$(BIN)/python -m pytest -n 2 --dist loadfile $(PAIRED:%=--ignore=%) || bad=1; exit $$bad
 
 lab: .venv/labs  ## open JupyterLab on the chapters
 	@$(BIN)/jupyter lab nbs
