@@ -121,7 +121,7 @@ class Plan:
     parameters: dict[str, Any] = field(default_factory=dict)  # put into every notebook
     full: bool = False  # fast=False where a notebook has that parameter
     workers: int = 2
-    timeout: float = 300  # seconds a cell may take
+    timeout: float | None = None  # seconds a cell may take; None: five minutes, of a full experiment an hour
     kernels: str = "cold"  # or fork
     cached: bool = False  # unchanged notebooks are not run
     why: bool = False  # say what changed
@@ -131,7 +131,8 @@ class Plan:
         from tunebook.kit.run import Failure, Spec, declared, read_notebook
         try: slow = {"fast": False} if self.full and "fast" in declared(read_notebook(file)) else {}
         except Failure: slow = {}  # the run itself will tell what is wrong with the file
-        return Spec(str(file), name, self.out, {**slow, **self.parameters}, self.timeout, kernels=self.kernels, cached=self.cached)
+        limit = self.timeout or (3600 if self.full else 300)
+        return Spec(str(file), name, self.out, {**slow, **self.parameters}, limit, kernels=self.kernels, cached=self.cached)
 
 # %% ../../nbs/kit/08_cli.ipynb #64d2b58d
 def _times(chosen: Sequence[tuple[str, Path]], out: str) -> dict[str, float]:
@@ -433,7 +434,7 @@ def _parser() -> argparse.ArgumentParser:
     run = add("run", cmd_run, "tunebook run attention/13_heads -p seeds '[0, 1, 2]'", runs=True)
     run.add_argument("-p", "--parameter", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), help="set a parameter")
     run.add_argument("--full", action="store_true", help="the full experiments: fast=False where a notebook has it")
-    run.add_argument("--timeout", type=float, default=300, metavar="S", help="seconds a cell may take (default: %(default)s)")
+    run.add_argument("--timeout", type=float, metavar="S", help="seconds a cell may take (default: 300, with --full 3600)")
     run.add_argument("--kernels", choices=("cold", "fork"), default="cold", help="fork: copies of a warm interpreter, faster; Linux only")
     run.add_argument("--shard", type=parse_shard, metavar="I/N", help="run only part I of N, split evenly by recorded time")
     run.add_argument("--no-cache", action="store_true", help="run unchanged notebooks as well")
