@@ -121,7 +121,7 @@ class Plan:
     parameters: dict[str, Any] = field(default_factory=dict)  # put into every notebook
     full: bool = False  # fast=False where a notebook has that parameter
     workers: int = 2
-    timeout: float | None = None  # seconds a cell may take; None: five minutes, of a full experiment an hour
+    timeout: float = 300  # seconds a cell may take
     kernels: str = "cold"  # or fork
     cached: bool = False  # unchanged notebooks are not run
     why: bool = False  # say what changed
@@ -131,8 +131,7 @@ class Plan:
         from tunebook.kit.run import Failure, Spec, declared, read_notebook
         try: slow = {"fast": False} if self.full and "fast" in declared(read_notebook(file)) else {}
         except Failure: slow = {}  # the run itself will tell what is wrong with the file
-        limit = self.timeout or (3600 if self.full else 300)
-        return Spec(str(file), name, self.out, {**slow, **self.parameters}, limit, kernels=self.kernels, cached=self.cached)
+        return Spec(str(file), name, self.out, {**slow, **self.parameters}, self.timeout, kernels=self.kernels, cached=self.cached)
 
 # %% ../../nbs/kit/08_cli.ipynb #64d2b58d
 def _times(chosen: Sequence[tuple[str, Path]], out: str) -> dict[str, float]:
@@ -198,7 +197,7 @@ def cmd_run(args: argparse.Namespace) -> int:
     """Run notebooks; leave executed copies, results, pages, the report and the table of claims."""
     from tunebook.kit.run import find_root, shard
     given = {name: parse_value(value) for name, value in args.parameter}
-    plan = Plan(args.out, given, args.full, args.workers, args.timeout, args.kernels, not args.no_cache, args.why)
+    plan = Plan(args.out, given, args.full, args.workers, args.timeout or (3600 if args.full else 300), args.kernels, not args.no_cache, args.why)
     chosen, root = select(args.notebooks), find_root()
     part = shard([name for name, _ in chosen], *(args.shard or (1, 1)), _times(chosen, args.out))
     chosen = [c for c in chosen if c[0] in part]
