@@ -197,8 +197,7 @@ def cmd_run(args: argparse.Namespace) -> int:
     """Run notebooks; leave executed copies, results, pages, the report and the table of claims."""
     from tunebook.kit.run import find_root, shard
     given = {name: parse_value(value) for name, value in args.parameter}
-    limit = args.timeout or (3600 if args.full else 300)
-    plan = Plan(args.out, given, args.full, args.workers, limit, args.kernels, not args.no_cache, args.why)
+    plan = Plan(args.out, given, args.full, args.workers, args.timeout or (300, 3600)[args.full], args.kernels, not args.no_cache, args.why)
     chosen, root = select(args.notebooks), find_root()
     part = shard([name for name, _ in chosen], *(args.shard or (1, 1)), _times(chosen, args.out))
     chosen = [c for c in chosen if c[0] in part]
