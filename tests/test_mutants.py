@@ -263,6 +263,14 @@ MUTANTS = {  # name: (chapter, right, wrong)
                                  "(self.wrong[typed != meant] or 1) / self.wrong.total()"),
     "a back-off that gives too much": ("tasks/55_correct", "(self.totals[before] + len(c))", "(self.totals[before] + 1)"),
     "a promise that spoils one more": ("tasks/55_correct", "[int(share * len(surest))]", "[int(share * len(surest)) + 1]"),
+    "a walk that ends at a sentence like none": ("tasks/54_summarize", "out.where(out > 0, 1.0), 1 / n)", "out.where(out > 0, 1.0), 0.0)"),
+    "novelty on average": ("tasks/54_summarize", "near[:, chosen].amax(1)", "near[:, chosen].mean(1)"),
+    "copies drawn as if they were new": ("tasks/54_summarize", "names = range(len(values)) if group is None else group",
+                                         "names = range(len(values))"),
+    "no room for the marks": ("tasks/54_summarize", "e + tokenizer.num_special_tokens_to_add() <= limit", "e <= limit"),
+    "an oracle that goes on": ("tasks/54_summarize", "if not with_one or max(with_one.values()) <= best: break",
+                               "if not with_one: break"),
+    "names compared by capitals": ("tasks/54_summarize", "if f.lower() not in known]", "if f not in known]"),
 }
 UNTOUCHED = ("entropy/21_xent", "def log_softmax(", "def log_softmax(")
 

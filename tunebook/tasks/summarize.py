@@ -20,16 +20,16 @@ from .generate import rouge_n, rouge_words
 
 # %% ../../nbs/tasks/54_summarize.ipynb #3456fe4c
 ABBREVIATIONS = frozenset("mr mrs ms dr prof st jr sr vs etc e.g i.e cf al fig figs eq eqs sec no approx dept inc ltd co resp".split())
-ENDS = re.compile(r"\n+|[。！？]+[”’」』）]*|[.!?…]+[\"'”’)\]]*(?=\s)")
+ENDS = re.compile(r"\n+|[。！？]+[”’」』）]*|[.!?…]+[\"'”’)\]]*(?=[\s㐀-鿿])")
 
 def sentences(
     text: str,
 ) -> list[str]:  # none is empty; together they hold all words in their order
-    """Cut a text at line breaks and at ends of sentences, except after abbreviations, initials and before small letters."""
+    """Cut at line breaks and at ends of sentences, but not after abbreviations and initials nor before small letters."""
     found, start = [], 0
     for m in ENDS.finditer(text):
         word, then = (text[start:m.start()].split() or [""])[-1].lstrip("([\"'"), text[m.end():].lstrip(" \t\"'“‘([")[:1]
-        short = m[0][0] == "." and (word.lower() in ABBREVIATIONS or bool(re.fullmatch(r"([^\W\d_]\.)*[^\W\d_]", word)))
+        short = m[0] == "." and (word.lower() in ABBREVIATIONS or word.isupper() and bool(re.fullmatch(r"(\w\.)*\w", word)))
         if m[0][0] in ".!?…" and (short or then.islower()): continue
         found.append(text[start:m.end()].strip())
         start = m.end()
