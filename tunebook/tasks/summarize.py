@@ -53,7 +53,7 @@ def pagerank(
     near: Tensor,  # (N, N) weights of the links, not negative
     damping: float = 0.85,  # chance to follow a link
 ) -> Tensor:  # (N,) float64, sums to 1
-    """Where a walk with restarts spends its time (Brin and Page 1998; with weights, Mihalcea and Tarau 2004, equation 2)."""
+    """Where a walk with restarts spends its time (Brin and Page 1998; with weights, Mihalcea and Tarau 2004, section 2.2)."""
     if near.ndim != 2 or near.shape[0] != near.shape[1] or not len(near):
         raise ValueError(f"expected weights (N, N), got {tuple(near.shape)}")
     if not (near >= 0).all(): raise ValueError("a link cannot weigh less than nothing: clamp the weights at 0, and look for NaN")
@@ -116,7 +116,7 @@ def oracle(
     k: int,  # sentences at most
     gain: Callable[[str, Sequence[str] | str], float] = agreement,  # what to lift
 ) -> list[int]:  # in the order taken
-    """Greedy choice with the references at hand (Nallapati et al. 2017, section 3)."""
+    """Greedy choice with the references at hand (Nallapati et al. 2017)."""
     chosen, best = [], 0.0
     while len(chosen) < k:
         with_one = {i: gain(told(lines, [*chosen, i]), targets) for i in range(len(lines)) if i not in chosen}
@@ -129,7 +129,7 @@ def oracle(
 def central(
     x: Tensor,  # (N, E) of length 1
 ) -> Tensor:  # (N,)
-    """Cosine with the mean vector of the text (Radev et al. 2004, section 3.1, on vectors)."""
+    """Cosine with the mean vector of the text (after Radev et al. 2004)."""
     return x @ torch.nn.functional.normalize(x.mean(0), dim=0)
 
 def closeness(
@@ -193,7 +193,7 @@ def facts(
     text: str,
     plain: Collection[str] = (),  # words that are no names though they may begin a sentence
 ) -> list[str]:
-    """Numbers in digits, and names, each once (entity overlap: Nan et al. 2021, section 3.1, with this rule for entities)."""
+    """Numbers in digits, and names, each once (entity overlap after Nan et al. 2021, with this rule for entities)."""
     found = []
     for w in re.findall(r"\d+(?:[.,]\d+)*|[^\W\d_]+", text):
         small = w.lower()
