@@ -1,4 +1,4 @@
-"""Writing: ROUGE as rouge-score gives it, labels of what is to be written, decoding as in transformers, names that come back, plain code."""
+"""Writing: ROUGE as rouge-score gives it, labels of what is to be written, decoding as in transformers, names that return, plain code."""
 
 import ast
 import math
