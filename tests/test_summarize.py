@@ -82,6 +82,12 @@ def test_where_a_sentence_ends(text, found):
     assert sentences(text) == found
 
 
+def test_a_long_text_is_cut_in_little_time():
+    """A step of each loop that looked at the whole rest would take minutes."""
+    assert len(sentences("A valve leaks. " * 40_000)) == 40_000
+    assert len(sentences("." * 200_000)) == len(sentences("it leaks. and " * 20_000)) == 1
+
+
 # Likeness and rank
 
 @quick

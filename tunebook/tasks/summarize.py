@@ -20,7 +20,7 @@ from .generate import rouge_n, rouge_words
 
 # %% ../../nbs/tasks/54_summarize.ipynb #3456fe4c
 ABBREVIATIONS = frozenset("mr mrs ms dr prof st jr sr vs etc e.g i.e cf al fig figs eq eqs sec no approx dept inc ltd co resp".split())
-ENDS = re.compile(r"\n+|[。！？]+[”’」』）]*|[.!?…]+[\"'”’)\]]*(?=[\s㐀-鿿])")
+ENDS = re.compile(r"\n+|[。！？]+[”’」』）]*|(?<![.!?…])[.!?…]++[\"'”’)\]]*+(?=[\s㐀-鿿])")
 
 def sentences(
     text: str,
@@ -28,11 +28,12 @@ def sentences(
     """Cut at line breaks and at ends of sentences, but not after abbreviations and initials nor before small letters."""
     found, start = [], 0
     for m in ENDS.finditer(text):
-        word, then = (text[start:m.start()].split() or [""])[-1].lstrip("([\"'"), text[m.end():].lstrip(" \t\"'“‘([")[:1]
+        a, b = m.span()
+        word, then = (text[max(start, a - 20):a].split() or [""])[-1].lstrip("([\"'"), text[b:b + 9].lstrip(" \t\"'“‘([")[:1]
         short = m[0] == "." and (word.lower() in ABBREVIATIONS or word.isupper() and bool(re.fullmatch(r"(\w\.)*\w", word)))
         if m[0][0] in ".!?…" and (short or then.islower()): continue
-        found.append(text[start:m.end()].strip())
-        start = m.end()
+        found.append(text[start:b].strip())
+        start = b
     return [s for s in (*found, text[start:].strip()) if s]
 
 # %% ../../nbs/tasks/54_summarize.ipynb #d7901121
