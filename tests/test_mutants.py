@@ -234,6 +234,11 @@ MUTANTS = {  # name: (chapter, right, wrong)
     "an end before its beginning": ("tasks/52_answer", ".triu().tril(most - 1)", ".tril(most - 1)"),
     "silence of the emptiest window": ("tasks/52_answer", "v - min(none[i])", "v - max(none[i])"),
     "the half of an answer": ("tasks/52_answer", " or offsets[touched[-1]][1] < stop: return None", ": return None"),
+    "a carry without its rest": ("tasks/53_generate", "(row + hit | row & ~hit) & every", "(row + hit) & every"),
+    "the target with most recall": ("tasks/53_generate", "max(of, key=lambda s: s.f1)", "max(of, key=lambda s: s.recall)"),
+    "the prompt's end is learned": ("tasks/53_generate", "(is_end.cumsum(1) - is_end.long() == 0)", "(is_end.cumsum(1) == 0)"),
+    "a penalty that rewards": ("tasks/53_generate", "torch.where(seen < 0, seen * penalty, seen / penalty)", "seen / penalty"),
+    "back-off that gives too much": ("tasks/53_generate", "/ (self.totals[c] + len(self.counts[c]))", "/ self.totals[c]"),
     "context in the name": ("tasks/51_tag", 'if p[0] != "("]', "]"),
     "ties that count whole": ("tasks/50_classify", "(many.double() - 1) / 2", "(many.double() - 1) * 0"),
     "answers counted for the true class": ("tasks/50_classify", "n.diagonal(), n.sum(0), n.sum(1)", "n.diagonal(), n.sum(1), n.sum(0)"),
@@ -263,6 +268,14 @@ MUTANTS = {  # name: (chapter, right, wrong)
                                  "(self.wrong[typed != meant] or 1) / self.wrong.total()"),
     "a back-off that gives too much": ("tasks/55_correct", "(self.totals[before] + len(c))", "(self.totals[before] + 1)"),
     "a promise that spoils one more": ("tasks/55_correct", "[int(share * len(surest))]", "[int(share * len(surest)) + 1]"),
+    "a walk that ends at a sentence like none": ("tasks/54_summarize", "out.where(out > 0, 1.0), 1 / n)", "out.where(out > 0, 1.0), 0.0)"),
+    "novelty on average": ("tasks/54_summarize", "near[:, chosen].amax(1)", "near[:, chosen].mean(1)"),
+    "copies drawn as if they were new": ("tasks/54_summarize", "names = range(len(values)) if group is None else group",
+                                         "names = range(len(values))"),
+    "no room for the marks": ("tasks/54_summarize", "e + tokenizer.num_special_tokens_to_add() <= limit", "e <= limit"),
+    "an oracle that goes on": ("tasks/54_summarize", "if not with_one or max(with_one.values()) <= best: break",
+                               "if not with_one: break"),
+    "names compared by capitals": ("tasks/54_summarize", "if f.lower() not in known]", "if f not in known]"),
 }
 UNTOUCHED = ("entropy/21_xent", "def log_softmax(", "def log_softmax(")
 
