@@ -42,7 +42,7 @@ from tunebook.tasks.generate import (
 )
 from tunebook.tuning.pretrain import END, PAD, byte_bpe, lm_loss, pad, pretrain, tiny_gpt
 
-quick = settings(deadline=None, max_examples=40, derandomize=True)
+quick = settings(deadline=None, max_examples=25, derandomize=True)
 DEVICES = ["cpu"] + ["cuda"] * torch.cuda.is_available()
 real = pytest.mark.skipif(not os.environ.get("TUNEBOOK_DATA"), reason="needs the real data: set TUNEBOOK_DATA")
 PIECES = ["strike", "Strike", "at", "at.", "Talvik's", "2nd", "é", "安全", "—", "\n", "_", "İ", "²", "no-one"]
