@@ -36,6 +36,7 @@ def rewrite(
     found = re.compile(r"\b(?:" + "|".join(map(re.escape, sorted(table, key=len, reverse=True))) + r")\b", re.IGNORECASE)
     return found.sub(lambda m: table[m[0].lower()].capitalize() if m[0][0].isupper() else table[m[0].lower()], text)
 
+# %% ../../nbs/tasks/56_augment.ipynb #8fde03fc
 def inverse(table: Mapping[str, str]) -> dict[str, str]:
     """The table read backwards; ValueError when two phrases become one."""
     twice = sorted({v for v in table.values() if list(table.values()).count(v) > 1})
@@ -52,6 +53,7 @@ def synonyms(groups: Iterable[Sequence[str]]) -> dict[str, list[str]]:
         for w in group: table.setdefault(w, []).extend(v for v in group if v != w and v not in table[w])
     return table
 
+# %% ../../nbs/tasks/56_augment.ipynb #964bf7d7
 def spoil(
     table: Table,
     wrong: Table,  # for each word, what it does not mean
@@ -71,9 +73,10 @@ def replace(words: Sequence[str], table: Table, rate: float, dice: Dice) -> list
 
 def articles(words: Sequence[str]) -> list[str]:
     """`a` or `an` as the next word wants it."""
-    def an(w: str) -> bool: return w[:1] in "aeiou" and not w.startswith(("use", "one"))
+    def an(w: str) -> bool: return w.startswith(tuple("aeiou")) and not w.startswith(("use", "one"))
     return [("an" if an(after) else "a") if w in ("a", "an") else w for w, after in itertools.zip_longest(words, words[1:], fillvalue="")]
 
+# %% ../../nbs/tasks/56_augment.ipynb #43e5ba43
 def variants(words: Sequence[str], table: Table) -> list[list[str]]:
     """Everything that `replace` can give, the original first."""
     return [list(v) for v in itertools.product(*([w, *table.get(w, ())] for w in words))]
@@ -91,6 +94,7 @@ def drop(words: Sequence[str], rate: float, dice: Dice, keep: Collection[str] = 
     if not words: raise ValueError("expected at least one word: an empty text has nothing to drop")
     return [w for w in words if w in keep or dice.random() >= rate] or [dice.pick(words)]
 
+# %% ../../nbs/tasks/56_augment.ipynb #395b61b0
 def swap(words: Sequence[str], times: int, dice: Dice) -> list[str]:
     """Two words at different places change places, some times (Wei and Zou 2019, section 2)."""
     out = list(words)
@@ -120,6 +124,7 @@ def augment(
     own = [r | {"source": i} for i, r in enumerate(rows)]
     return own + [r | {"words": change(r["words"])} for _ in range(copies) for r in own]
 
+# %% ../../nbs/tasks/56_augment.ipynb #7856752f
 def leaks(train: Rows, other: Rows) -> int:
     """How many of the other rows have a relative in training, or the same words."""
     sources, texts = {r.get("source") for r in train} - {None}, {tuple(r["words"]) for r in train}
@@ -180,10 +185,11 @@ def teach(
         return lm_loss(t.model.head(hidden[y != -100])[None], y[y != -100][None])
     return list(learn(t.model, loss, steps, lr))
 
+# %% ../../nbs/tasks/56_augment.ipynb #0c2094b2
 def translate(
     t: Translator,
     rows: Sequence[Sequence[str]],
-    generator: torch.Generator | None = None,  # draws the words; None: the most probable ones
+    generator: torch.Generator | None = None,  # on the model's device, draws the words; None: the most probable ones
     temperature: float = 0.5,  # below 1: rare words are drawn more rarely
 ) -> list[list[str]]:
     """What the model writes after each source."""
@@ -192,6 +198,7 @@ def translate(
     out = generate(t.model, asked, t.length + 1, end=2, pad=0, temperature=temperature if generator else None, generator=generator)
     return [[t.words[i] for i in itertools.takewhile(lambda i: i != 2, row)] for row in out[:, t.length + 1:].tolist()]
 
+# %% ../../nbs/tasks/56_augment.ipynb #5e1086eb
 def round_trip(
     there: Translator,
     back: Translator,
