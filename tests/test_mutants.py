@@ -261,7 +261,7 @@ MUTANTS = {  # name: (chapter, right, wrong)
     "each synonym as likely as all": ("tasks/56_augment", "rate * (v in table[w]) / len(table[w])", "rate * (v in table[w])"),
     "a share of the words, not of the entries": ("tasks/56_augment", "[:round(share * len(places))]", "[:round(share * len(table))]"),
     "the next word shown with the question": ("tasks/56_augment", "targets.clamp(min=0)[:, :-1]", "targets.clamp(min=0)[:, 1:]"),
-    "labels given anew in each round": ("tasks/56_augment", "(sure > threshold) & (given < 0)", "(sure > threshold)"),
+    "a threshold that is not looked at": ("tasks/56_augment", "new = (sure > threshold) & (given < 0)", "new = given < 0"),
     "no swaps": ("tasks/55_correct", "i > 1 < j and a[i - 1]", "i > 9 < j and a[i - 1]"),
     "recall counts more": ("tasks/55_correct", "s.predicted + beta**2 * s.gold", "s.gold + beta**2 * s.predicted"),
     "counts without one added": ("tasks/55_correct", "(self.wrong[typed != meant] + 1) / (self.wrong.total() + 2)",
