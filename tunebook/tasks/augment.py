@@ -67,7 +67,12 @@ def spoil(
     return made
 
 # %% ../../nbs/tasks/56_augment.ipynb #d25f02e5
-def replace(words: Sequence[str], table: Table, rate: float, dice: Dice) -> list[str]:
+def replace(
+    words: Sequence[str],
+    table: Table,  # words without an entry stay
+    rate: float,  # chance of each listed word to change
+    dice: Dice,
+) -> list[str]:
     """With probability `rate` a listed word becomes one of its synonyms (EDA's replacement: Wei and Zou 2019, section 2)."""
     return [dice.pick(table[w]) if table.get(w) and dice.random() < rate else w for w in words]
 
@@ -81,7 +86,12 @@ def variants(words: Sequence[str], table: Table) -> list[list[str]]:
     """Everything that `replace` can give, the original first."""
     return [list(v) for v in itertools.product(*([w, *table.get(w, ())] for w in words))]
 
-def chance(words: Sequence[str], variant: Sequence[str], table: Table, rate: float) -> float:
+def chance(
+    words: Sequence[str],
+    variant: Sequence[str],  # as many words
+    table: Table,
+    rate: float,  # chance of each listed word to change
+) -> float:
     """Probability that `replace` makes this variant of the words; the synonyms of a word are distinct."""
     def one(w: str, v: str) -> float:
         if not table.get(w): return float(w == v)
@@ -89,13 +99,22 @@ def chance(words: Sequence[str], variant: Sequence[str], table: Table, rate: flo
     return math.prod(map(one, words, variant))
 
 # %% ../../nbs/tasks/56_augment.ipynb #c8e15d4f
-def drop(words: Sequence[str], rate: float, dice: Dice, keep: Collection[str] = ()) -> list[str]:
+def drop(
+    words: Sequence[str],  # at least one
+    rate: float,  # chance of each word to go
+    dice: Dice,
+    keep: Collection[str] = (),  # words that stay
+) -> list[str]:
     """Each word goes with probability `rate`, but for those to keep; never the last one (Wei and Zou 2019, section 2)."""
     if not words: raise ValueError("expected at least one word: an empty text has nothing to drop")
     return [w for w in words if w in keep or dice.random() >= rate] or [dice.pick(words)]
 
 # %% ../../nbs/tasks/56_augment.ipynb #395b61b0
-def swap(words: Sequence[str], times: int, dice: Dice) -> list[str]:
+def swap(
+    words: Sequence[str],
+    times: int,  # swaps, one after another
+    dice: Dice,
+) -> list[str]:
     """Two words at different places change places, some times (Wei and Zou 2019, section 2)."""
     out = list(words)
     for _ in range(times if len(out) > 1 else 0):
@@ -103,7 +122,12 @@ def swap(words: Sequence[str], times: int, dice: Dice) -> list[str]:
         out[i], out[j] = out[j], out[i]
     return out
 
-def insert(words: Sequence[str], table: Table, times: int, dice: Dice) -> list[str]:
+def insert(
+    words: Sequence[str],
+    table: Table,  # where no word is listed, nothing is inserted
+    times: int,  # words to insert
+    dice: Dice,
+) -> list[str]:
     """A synonym of a random listed word at a random place, some times (Wei and Zou 2019, section 2)."""
     out, listed = list(words), [w for w in words if table.get(w)]
     for _ in range(times if listed else 0):
@@ -125,7 +149,10 @@ def augment(
     return own + [r | {"words": change(r["words"])} for _ in range(copies) for r in own]
 
 # %% ../../nbs/tasks/56_augment.ipynb #7856752f
-def leaks(train: Rows, other: Rows) -> int:
+def leaks(
+    train: Rows,  # with "source", if they were augmented
+    other: Rows,
+) -> int:
     """How many of the other rows have a relative in training, or the same words."""
     sources, texts = {r.get("source") for r in train} - {None}, {tuple(r["words"]) for r in train}
     return sum(r.get("source") in sources or tuple(r["words"]) in texts for r in other)
