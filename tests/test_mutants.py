@@ -281,6 +281,13 @@ MUTANTS = {  # name: (chapter, right, wrong)
     "an oracle that goes on": ("tasks/54_summarize", "if not with_one or max(with_one.values()) <= best: break",
                                "if not with_one: break"),
     "names compared by capitals": ("tasks/54_summarize", "if f.lower() not in known]", "if f not in known]"),
+    "a checker that allows no rounding": ("kit/17_exercises", "bound(want.dtype, terms) * scale", "0.0 * scale"),
+    "a checker that takes yes for one": ("kit/17_exercises", "if type(got) not in ((int,) if type(want) is int else (int, float)):",
+                                         "if not isinstance(got, int | float):"),
+    "mistakes are named after the first case": ("kit/17_exercises", "return all(_alike(v, attempt(m, c), exercise.terms) for c, v in",
+                                                "return any(_alike(v, attempt(m, c), exercise.terms) for c, v in"),
+    "a matrix that counts only what is unwritten": ("kit/17_exercises", 'any(v.status != "wrong" for v in vs)',
+                                                    'any(v.status == "not yet" for v in vs)'),
 }
 UNTOUCHED = ("entropy/21_xent", "def log_softmax(", "def log_softmax(")
 
