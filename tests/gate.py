@@ -6,10 +6,10 @@ import re
 import statistics
 
 HEADINGS = ["Question", "Smallest example", "Derivation", "Code", "Check", "Picture", "When it breaks", "Exercises", "Recap"]
-NEEDED = {"kit": {"Question", "Code", "Check", "Recap"}}
+NEEDED = {part: {"Question", "Code", "Check", "Recap"} for part in ("kit", "labs")}
 MAY_IMPORT = {"kit": {"kit"}, "attention": {"kit", "attention"}, "entropy": {"kit", "entropy"}, "timing": {"kit", "timing"},
               "tuning": {"kit", "attention", "entropy", "tuning"},
-              "tasks": {"kit", "attention", "entropy", "tuning", "timing", "tasks"}}
+              **dict.fromkeys(("tasks", "labs"), {"kit", "attention", "entropy", "tuning", "timing", "tasks"})}
 TORCH_ONLY = {"attention", "entropy", "timing"}
 KINDS = ("measured here", "recorded on", "simulated")  # where a time or a rate may come from
 TIME = r"\d[\d,.]*(e[+-]?\d+)? ?(ns|us|µs|ms|s|min|[KMGT]?B/s|[KMGT]?FLOP/s)(?![\w/])"
@@ -121,7 +121,7 @@ def check_code(nb, part):
         if sizes[-1] > 32:
             yield f"an exported cell of {sizes[-1]} lines: {c.source[10:70]!r}"
         yield from check_definitions(tree, part)
-    usual, share = (12, 1 / 3) if part == "kit" else (8, 1 / 5)  # machinery has longer steps than a lesson
+    usual, share = (12, 1 / 3) if part in ("kit", "labs") else (8, 1 / 5)  # machinery has longer steps than a lesson
     if sizes and statistics.median(sizes) > usual:
         yield f"exported cells have {statistics.median(sizes)} lines at the median"
     if sizes and sum(s > 15 for s in sizes) > max(1, len(sizes) * share):

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tunebook.kit import exercises
+from tunebook.kit.cli import main
 from tunebook.kit.exercises import Case, Exercise, Failed, attempt, check, differ, examine, matrix, progress
 
 plain = st.recursive(
@@ -168,3 +169,28 @@ def test_under_the_runner_a_check_is_a_claim(tmp_path, monkeypatch):
 def test_html_shows_text_as_text():
     v = exercises.Verdict("toy.sums", "wrong", "expected '<b>', got '<script>'")
     assert "<script>" not in v._repr_html_() and "&lt;script&gt;" in v._repr_html_()
+
+
+def test_the_command(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("TUNEBOOK_PROGRESS", str(tmp_path / "kept.json"))
+    monkeypatch.setattr(exercises, "known", lambda: {SUMS.name: SUMS})
+    assert main(["labs", "matrix"]) == 0 and "mutants refused 2 of 2" in capsys.readouterr().out
+    assert main(["labs", "progress", "toy"]) == 1 and "toy.sums: not yet" in capsys.readouterr().out
+    check("toy.sums", answer)
+    assert main(["labs", "progress"]) == 0 and "toy.sums: passed" in capsys.readouterr().out
+    assert main(["labs", "matrix", "L0"]) == 2 and "no lab is called L0; there are: toy" in capsys.readouterr().err
+    careless = Exercise("toy.ones", answer, lambda seed: [Case((torch.ones(2, 2),))], SUMS.mutants, {})
+    monkeypatch.setattr(exercises, "known", lambda: {careless.name: careless})
+    assert main(["labs", "matrix"]) == 1 and "passes: the other axis" in capsys.readouterr().out
+
+
+def test_every_lab_is_held_against_its_answers():
+    every = exercises.known()
+    assert set(every) >= {"L1.scores", "L1.softmax", "L1.causal_mask", "L1.padding_mask", "L1.attend", "L1.split_heads"}
+    assert all(n == e.name and len(e.mutants) >= 5 and len(e.others) >= 2 for n, e in every.items())
+
+
+@pytest.mark.parametrize("name", sorted(exercises.known()))
+def test_a_checker_of_a_lab_errs_in_neither_way_on_cases_not_seen(name):
+    found = matrix(exercises.find(name), (11, 12))
+    assert found.perfect and not found.misnamed, str(found)

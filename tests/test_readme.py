@@ -19,7 +19,8 @@ from tunebook.tuning.compare import BASELINES, Study, learned, percent, summary
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
 # the right side of an equality that README lists
-THEIRS = r" = .*(\bF\.|\bnn\.|\btorch|\btransformers|\bpeft|\bcaptum|\bshap|\blime|\bnetworkx|\brouge_score|\bsklearn|\bscipy|\bseqeval|MiniLM|documents alone)"
+THEIRS = (r" = .*(\bF\.|\bnn\.|\btorch|\btransformers|\bpeft|\bcaptum|\bshap|\blime|\bnetworkx|\brouge_score|\bsklearn|\bscipy|\bseqeval|"
+          r"MiniLM|documents alone)")
 
 
 def chapter_table():

@@ -412,6 +412,13 @@ ELSEWHERE["time"] = Elsewhere(
         "--device": {"default": "cpu", "help": "cpu or cuda (default: %(default)s)"},
         "--out": {"default": "_time", "metavar": "FILE", "help": "writes FILE.json and FILE.png (default: %(default)s)"}})
 
+# %% ../../nbs/kit/08_cli.ipynb #f47aa463
+ELSEWHERE["labs"] = Elsewhere(
+    "tunebook.kit.exercises:cmd_labs", "Hold the labs' checkers against wrong and right answers, or list what was solved here.",
+    "tunebook labs matrix L1", {
+        "what": {"choices": ("matrix", "progress"), "help": "the kill matrix, or the tasks solved in this folder"},
+        "labs": {"nargs": "*", "metavar": "LAB", "help": "such as L1 (default: all)"}})
+
 # %% ../../nbs/kit/08_cli.ipynb #63567925
 def _parser() -> argparse.ArgumentParser:
     "The command line, with examples in each help text."

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Case', 'Exercise', 'differ', 'Failed', 'attempt', 'Verdict', 'examine', 'Matrix', 'matrix', 'known', 'find',
-           'progress_file', 'progress', 'check']
+           'progress_file', 'progress', 'check', 'cmd_labs']
 
 # %% ../../nbs/kit/17_exercises.ipynb #c565f22c
 import copy
@@ -279,3 +279,21 @@ def check(
     noted = note({"name": v.name, "why": "the task is solved", **judge(v.status, "passed", exact)})
     if not noted: _keep(v)
     return v
+
+# %% ../../nbs/kit/17_exercises.ipynb #7831d85e
+def cmd_labs(
+    args: Any,  # the parsed command line: what, labs
+) -> int:  # exit status: 1 when a checker errs, or when a task is open
+    """Print the kill matrix of the labs, or what was solved."""
+    from tunebook.kit.cli import Problem
+    if strange := set(args.labs) - set(_labs()): raise Problem(f"no lab is called {min(strange)}; there are: {', '.join(_labs())}")
+    every = {n: e for n, e in known().items() if n.split(".")[0] in (args.labs or _labs())}
+    if args.what == "progress":
+        kept = progress()
+        for n in every: print(Verdict(n, kept.get(n, "not yet"), ""))
+        return int(any(kept.get(n) != "passed" for n in every))
+    rows = [matrix(e) for e in every.values()]
+    for row in rows: print(row)
+    return int(not all(row.perfect for row in rows))
+
+def _labs() -> list[str]: return sorted({n.split(".")[0] for n in known()})
