@@ -75,13 +75,13 @@ def pieces(
     texts: Sequence[str],
 ) -> Pieces:
     """Pieces for each word, as the tokenizer parts words."""
+    if not any(map(str.strip, texts)): raise ValueError("expected at least one text with a word in it")
     out, sizes, lost = tokenizer(list(texts), add_special_tokens=False), [], []
     for i, ids in enumerate(out.input_ids):
         for _, part in itertools.groupby(zip(out.word_ids(i), ids), key=lambda pair: pair[0]):
             cut = [token for _, token in part]
             sizes.append(len(cut))
             lost.append(tokenizer.unk_token_id in cut)
-    if not sizes: raise ValueError("expected at least one word")
     whole = sum(n == 1 and not bad for n, bad in zip(sizes, lost))
     return Pieces(sum(sizes) / len(sizes), whole / len(sizes), sum(lost) / len(sizes))
 
@@ -199,7 +199,7 @@ def permuted(
     """Permutation test of the range of means (Fisher 1935, section 21; Phipson and Smyth 2010, equation 2)."""
     sizes = tuple(groups.bincount().tolist())
     if len(sizes) < 2 or min(sizes) == 0 or values.shape != groups.shape:
-        raise ValueError(f"expected a value for each unit and two groups or more, numbered from 0; got sizes {sizes}, values {tuple(values.shape)}")
+        raise ValueError(f"expected a value for each unit, and two groups or more; got {tuple(values.shape)}, groups of {sizes}")
     whole = ways(sizes) <= 20_000
     real, dealt = ranges(values, groups[None])[0], ranges(values, deals(sizes, 0 if whole else draws, seed))
     beyond = int((dealt >= real * (1 - 1e-12)).sum())
@@ -263,6 +263,6 @@ def in_sequence(
     for x, y in tasks:
         old = [torch.stack(part) for part in zip(*memory.kept)] if memory else []
         for _ in learn(model, lambda x=x, y=y, old=old: some(x, y) + (some(*old) if old else 0.0), steps, lr): pass
-        for row in zip(x, y): memory.add(row) if memory else None
+        for row in zip(x, y) if memory else (): memory.add(row)
         found.append(measure(model))
     return torch.tensor(found)
