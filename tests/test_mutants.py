@@ -295,6 +295,15 @@ MUTANTS = {  # name: (chapter, right, wrong)
                                                 "return any(_alike(v, attempt(m, c), exercise.terms) for c, v in"),
     "a matrix that counts only what is unwritten": ("kit/17_exercises", 'any(v.status != "wrong" for v in vs)',
                                                     'any(v.status == "not yet" for v in vs)'),
+    "a stub that is not indented": ("kit/18_editions", "kept += [line[:len(line) - len(line.lstrip())] + s for s in STUB]", "kept += STUB"),
+    "a solution that is handed out": ("kit/18_editions", "if not inside and mark != END: kept.append(line)",
+                                      "if mark != END: kept.append(line)"),
+    "an edition that changes its source": ("kit/18_editions", 'out = copy.deepcopy(nb)\n    out["cells"] = [c',
+                                           'out = nb\n    out["cells"] = [c'),
+    "a check of another task": ("kit/18_editions", 'marks(after[0]).get("grade_id") != f"{name}-check"',
+                                'not marks(after[0]).get("grade")'),
+    "every key hidden is no case": ("labs/71_attention", "hidden[0] = False", "hidden[0] = hidden[0]"),
+    "queries and keys of one number": ("labs/71_attention", "((1, 1), (3, 3), (2, 5), (1, 4), (T, 2 * T + 1))", "((1, 1), (3, 3), (T, T))"),
 }
 UNTOUCHED = ("entropy/21_xent", "def log_softmax(", "def log_softmax(")
 
