@@ -304,6 +304,11 @@ MUTANTS = {  # name: (chapter, right, wrong)
                                 'not marks(after[0]).get("grade")'),
     "every key hidden is no case": ("labs/71_attention", "hidden[0] = False", "hidden[0] = hidden[0]"),
     "queries and keys of one number": ("labs/71_attention", "((1, 1), (3, 3), (2, 5), (1, 4), (T, 2 * T + 1))", "((1, 1), (3, 3), (T, T))"),
+    "batches that are alike": ("labs/72_xent", '([0.1, 3.0], [100, 1], "a last batch of one token"), (losses, counts, "four batches")',
+                               '([0.1, 3.0], [7, 7], "a last batch of one token")'),
+    "labels that all count": ("labs/72_xent", "first[0], zero[-1] = -100, 0", "zero[-1] = 0"),
+    "no logit on the wrong side": ("labs/72_xent", "[17.0, -20.0, 120.0, -130.0, 300.0, -300.0]",
+                                   "[-17.0, 20.0, -120.0, 130.0, 300.0, -300.0]"),
 }
 UNTOUCHED = ("entropy/21_xent", "def log_softmax(", "def log_softmax(")
 
