@@ -295,6 +295,20 @@ MUTANTS = {  # name: (chapter, right, wrong)
                                                 "return any(_alike(v, attempt(m, c), exercise.terms) for c, v in"),
     "a matrix that counts only what is unwritten": ("kit/17_exercises", 'any(v.status != "wrong" for v in vs)',
                                                     'any(v.status == "not yet" for v in vs)'),
+    "a stub that is not indented": ("kit/18_editions", "kept += [line[:len(line) - len(line.lstrip())] + s for s in STUB]", "kept += STUB"),
+    "a solution that is handed out": ("kit/18_editions", "if not inside and mark != END: kept.append(line)",
+                                      "if mark != END: kept.append(line)"),
+    "an edition that changes its source": ("kit/18_editions", 'out = copy.deepcopy(nb)\n    out["cells"] = [c',
+                                           'out = nb\n    out["cells"] = [c'),
+    "a check of another task": ("kit/18_editions", 'marks(after[0]).get("grade_id") != f"{name}-check"',
+                                'not marks(after[0]).get("grade")'),
+    "every key hidden is no case": ("labs/71_attention", "hidden[0] = False", "hidden[0] = hidden[0]"),
+    "queries and keys of one number": ("labs/71_attention", "((1, 1), (3, 3), (2, 5), (1, 4), (T, 2 * T + 1))", "((1, 1), (3, 3), (T, T))"),
+    "batches that are alike": ("labs/72_xent", '([0.1, 3.0], [100, 1], "a last batch of one token"), (losses, counts, "four batches")',
+                               '([0.1, 3.0], [7, 7], "a last batch of one token")'),
+    "labels that all count": ("labs/72_xent", "first[0], zero[-1] = -100, 0", "zero[-1] = 0"),
+    "no logit on the wrong side": ("labs/72_xent", "[17.0, -20.0, 120.0, -130.0, 300.0, -300.0]",
+                                   "[-17.0, 20.0, -120.0, 130.0, 300.0, -300.0]"),
 }
 UNTOUCHED = ("entropy/21_xent", "def log_softmax(", "def log_softmax(")
 

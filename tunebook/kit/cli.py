@@ -414,9 +414,9 @@ ELSEWHERE["time"] = Elsewhere(
 
 # %% ../../nbs/kit/08_cli.ipynb #f47aa463
 ELSEWHERE["labs"] = Elsewhere(
-    "tunebook.kit.exercises:cmd_labs", "Hold the labs' checkers against wrong and right answers, or list what was solved here.",
-    "tunebook labs matrix L1", {
-        "what": {"choices": ("matrix", "progress"), "help": "the kill matrix, or the tasks solved in this folder"},
+    "tunebook.kit.exercises:cmd_labs",
+    "Hold the labs' checkers against wrong and right answers, list what was solved, or build the editions.", "tunebook labs matrix L1", {
+        "what": {"choices": ("matrix", "progress", "build"), "help": "the kill matrix, the tasks solved in this folder, or the editions"},
         "labs": {"nargs": "*", "metavar": "LAB", "help": "such as L1 (default: all)"}})
 
 # %% ../../nbs/kit/08_cli.ipynb #63567925

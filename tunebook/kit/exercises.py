@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Case', 'Exercise', 'differ', 'Failed', 'attempt', 'Verdict', 'examine', 'Matrix', 'matrix', 'known', 'find',
-           'progress_file', 'progress', 'check', 'cmd_labs']
+           'progress_file', 'progress', 'check', 'solved', 'cmd_labs']
 
 # %% ../../nbs/kit/17_exercises.ipynb #c565f22c
 import copy
@@ -276,9 +276,19 @@ def check(
 ) -> Verdict:
     """Say whether an answer is right; a wrong one is shown the case that tells, and the mistake it looks like."""
     v = examine(find(name), f)
+    _SEEN[v.name] = v.status
     noted = note({"name": v.name, "why": "the task is solved", **judge(v.status, "passed", exact)})
     if not noted: _keep(v)
     return v
+
+_SEEN: dict[str, str] = {}  # what this process has checked
+
+def solved(
+    *names: str,
+) -> bool:
+    """Whether these tasks were passed in this session; says what is open. For cells that use what a student wrote."""
+    if missing := [n for n in names if _SEEN.get(n) != "passed"]: print(f"First solve {', '.join(missing)}.")
+    return not missing
 
 # %% ../../nbs/kit/17_exercises.ipynb #7831d85e
 def cmd_labs(
@@ -286,6 +296,7 @@ def cmd_labs(
 ) -> int:  # exit status: 1 when a checker errs, or when a task is open
     """Print the kill matrix of the labs, or what was solved."""
     from tunebook.kit.cli import Problem
+    if args.what == "build": return _build()
     if strange := set(args.labs) - set(_labs()): raise Problem(f"no lab is called {min(strange)}; there are: {', '.join(_labs())}")
     every = {n: e for n, e in known().items() if n.split(".")[0] in (args.labs or _labs())}
     if args.what == "progress":
@@ -295,5 +306,16 @@ def cmd_labs(
     rows = [matrix(e) for e in every.values()]
     for row in rows: print(row)
     return int(not all(row.perfect for row in rows))
+
+def _build() -> int:
+    "Make the editions of all labs."
+    from tunebook.kit.cli import Problem
+    from tunebook.kit.editions import build
+    from tunebook.kit.run import find_root
+    if (root := find_root()) is None: raise Problem("no checkout of Tunebook here: labs are built from its tutorial/solutions")
+    try: written = build(root)
+    except ValueError as e: raise Problem(str(e)) from e
+    print(*(f"wrote {name}" for name in written) if written else ["every edition is that of its source"], sep="\n")
+    return 0
 
 def _labs() -> list[str]: return sorted({n.split(".")[0] for n in known()})
