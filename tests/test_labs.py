@@ -91,7 +91,8 @@ def test_what_only_instructors_see(lab):
     secret = {"cell_type": "markdown", "id": "x", "metadata": {"tags": ["instructor"]}, "source": "the trap is in row two"}
     nb["cells"].append(secret)
     assert "the trap" not in json.dumps(student(nb)) and "the trap" in json.dumps(instructor(nb))
-    assert "| all | 12 |" in instructor(nb)["cells"][1]["source"] or "L1" not in lab.stem
+    points = sum(marks(c)["points"] for c in nb["cells"] if marks(c).get("grade"))
+    assert points >= 10 and f"| all | {points} |" in instructor(nb)["cells"][1]["source"]
 
 
 def test_a_source_with_problems_is_not_built(tmp_path):

@@ -4,8 +4,7 @@
 
 # %% auto #0
 __all__ = ['DTYPES', 'SHAPES', 'SCORES', 'SOFTMAX', 'CAUSAL', 'PADDING', 'ATTEND', 'HEADS', 'EXERCISES', 'drawn', 'score_cases',
-           'scores', 'softmax_cases', 'softmax', 'causal_cases', 'causal_mask', 'padding_cases', 'padding_mask',
-           'attend_cases', 'attend', 'head_cases', 'split_heads']
+           'softmax_cases', 'causal_cases', 'padding_cases', 'padding_mask', 'attend_cases', 'attend', 'head_cases']
 
 # %% ../../nbs/labs/71_attention.ipynb #f038b0d3
 import math
@@ -15,6 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..attention.heads import split_heads
+from ..attention.masks import causal, padding
+from ..attention.scores import attention, scores, softmax
 from ..kit.exercises import Case, Exercise
 
 # %% ../../nbs/labs/71_attention.ipynb #226ff23e
@@ -31,10 +33,6 @@ SHAPES = (((1, 1, 1), (1, 1, 1)), ((2, 3, 4), (2, 5, 4)), ((2, 3, 3, 2), (2, 3, 
 def score_cases(seed: int) -> list[Case]:
     """Queries (..., T, D) and keys (..., S, D)."""
     return [Case(drawn(seed, *s, dtype=d), f"queries {s[0]}, keys {s[1]}") for s in SHAPES for d in DTYPES]
-
-def scores(q: Tensor, k: Tensor) -> Tensor:
-    """Scaled dot products (Vaswani et al. 2017, equation 1)."""
-    return q @ k.mT / math.sqrt(q.shape[-1])
 
 # %% ../../nbs/labs/71_attention.ipynb #0c937d08
 SCORES = Exercise("L1.scores", scores, score_cases, {
@@ -58,10 +56,6 @@ def softmax_cases(seed: int) -> list[Case]:
     hard = ((1000 + 100 * x, "scores around 1000"), (apart, "rows far apart"), (out, "a key at minus infinity"))
     return [*plain, *(Case((t,), words) for t, words in hard)]
 
-def softmax(x: Tensor) -> Tensor:
-    """Positive weights that sum to 1 along the last axis (Bridle 1990)."""
-    return _shares((x - x.amax(-1, keepdim=True)).exp())
-
 def _shares(e: Tensor) -> Tensor: return e / e.sum(-1, keepdim=True)
 
 # %% ../../nbs/labs/71_attention.ipynb #5c373e54
@@ -83,12 +77,8 @@ def causal_cases(seed: int) -> list[Case]:
     T = 2 + seed % 5
     return [Case(pair, f"T = {pair[0]}, S = {pair[1]}") for pair in ((1, 1), (3, 3), (2, 5), (1, 4), (T, 2 * T + 1))]
 
-def causal_mask(T: int, S: int) -> Tensor:
-    """(T, S), True where a query may look (Vaswani et al. 2017, section 3.2.3)."""
-    return torch.arange(S) <= torch.arange(S - T, S)[:, None]
-
 # %% ../../nbs/labs/71_attention.ipynb #17eab445
-CAUSAL = Exercise("L1.causal_mask", causal_mask, causal_cases, {
+CAUSAL = Exercise("L1.causal_mask", causal, causal_cases, {
     "the future is seen, the past is not": lambda T, S: torch.arange(S) >= torch.arange(S - T, S)[:, None],
     "no query sees itself": lambda T, S: torch.arange(S) < torch.arange(S - T, S)[:, None],
     "queries begin where the keys begin": lambda T, S: torch.arange(S) <= torch.arange(T)[:, None],
@@ -108,7 +98,7 @@ def padding_cases(seed: int) -> list[Case]:
 
 def padding_mask(lengths: Tensor, S: int) -> Tensor:
     """(B, 1, S), True where a key is no padding."""
-    return (torch.arange(S) < lengths[:, None])[:, None]
+    return padding(torch.arange(S) < lengths[:, None])[:, 0]
 
 # %% ../../nbs/labs/71_attention.ipynb #81bb1b25
 PADDING = Exercise("L1.padding_mask", padding_mask, padding_cases, {
@@ -129,18 +119,16 @@ def attend_cases(seed: int) -> list[Case]:
     for shape, dtype in ((s, d) for s in SHAPES for d in DTYPES):
         q, k, v = drawn(seed, *shape, (*shape[1][:-1], 3), dtype=dtype)
         T, S = q.shape[-2], k.shape[-2]
-        hidden = causal_mask(T, S)
+        hidden = causal(T, S)
         hidden[0] = False
-        kinds = {"no mask": None, "causal": causal_mask(T, S), "a query that sees nothing": hidden}
+        kinds = {"no mask": None, "causal": causal(T, S), "a query that sees nothing": hidden}
         made += [Case((q, k, v, m), f"queries {tuple(q.shape)}, {words}") for words, m in kinds.items()]
     return made
 
-# %% ../../nbs/labs/71_attention.ipynb #338a9422
+# %% ../../nbs/labs/71_attention.ipynb #5a43e88c
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Weighted means of the values (Vaswani et al. 2017, equation 1); zeros for a query that sees nothing."""
-    x = scores(q, k)
-    if mask is None: return softmax(x) @ v
-    return softmax(x.masked_fill(~mask, -math.inf)).nan_to_num(0.0) @ v
+    """The output of `attention` without its weights (Vaswani et al. 2017, equation 1)."""
+    return attention(q, k, v, mask)[0]
 
 # %% ../../nbs/labs/71_attention.ipynb #900b111e
 def _weighed(weigh: Callable[[Tensor, Tensor], Tensor]) -> Callable[..., Tensor]:
@@ -177,10 +165,6 @@ def head_cases(seed: int) -> list[Case]:
     """States (B, T, E) and a number of heads that divides E."""
     return [Case((drawn(seed, s, dtype=d)[0], H), f"{tuple(s)}, H = {H}")
             for s, H in (((1, 1, 2), 1), ((1, 1, 2), 2), ((2, 3, 4), 2), ((2, 5, 6), 3)) for d in DTYPES]
-
-def split_heads(x: Tensor, H: int) -> Tensor:
-    """(B, T, E) to (B, H, T, E / H) (Vaswani et al. 2017, section 3.2.2)."""
-    return x.unflatten(-1, (H, -1)).transpose(-3, -2)
 
 # %% ../../nbs/labs/71_attention.ipynb #4a9ed797
 HEADS = Exercise("L1.split_heads", split_heads, head_cases, {

@@ -4,8 +4,7 @@
 
 # %% auto #0
 __all__ = ['LOG_SOFTMAX', 'CROSS_ENTROPY', 'MASKED', 'GRADIENT', 'BINARY', 'PERPLEXITY', 'EXERCISES', 'logits_of', 'labels_for',
-           'log_softmax', 'labelled', 'cross_entropy', 'partly_labelled', 'masked_cross_entropy', 'gradient',
-           'binary_cases', 'binary', 'batch_cases', 'perplexity']
+           'labelled', 'partly_labelled', 'masked_cross_entropy', 'binary_cases', 'batch_cases', 'perplexity']
 
 # %% ../../nbs/labs/72_xent.ipynb #0112adca
 import math
@@ -15,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..entropy.xent import binary_cross_entropy_with_logits as binary
+from ..entropy.xent import cross_entropy, cross_entropy_grad as gradient, log_softmax
 from ..kit.exercises import Case, Exercise
 
 # %% ../../nbs/labs/72_xent.ipynb #8aca8b9b
@@ -31,11 +32,6 @@ def labels_for(x: Tensor, seed: int) -> Tensor:
     return torch.randint(x.shape[-1], (len(x),), generator=torch.Generator().manual_seed(seed + 99))
 
 # %% ../../nbs/labs/72_xent.ipynb #86587b18
-def log_softmax(x: Tensor) -> Tensor:
-    """Logarithms of the weights along the last axis: x less its log-sum-exp."""
-    top = x.amax(-1, keepdim=True)
-    return x - top - (x - top).exp().sum(-1, keepdim=True).log()
-
 LOG_SOFTMAX = Exercise("L2.log_softmax", log_softmax, lambda seed: [Case((x,), words) for x, words in logits_of(seed)], {
     "the logarithm taken after softmax": lambda x: x.softmax(-1).log(),
     "no maximum subtracted": lambda x: x - x.exp().sum(-1, keepdim=True).log(),
@@ -52,10 +48,6 @@ LOG_SOFTMAX = Exercise("L2.log_softmax", log_softmax, lambda seed: [Case((x,), w
 def labelled(seed: int) -> list[Case]:
     """Logits (N, V) with a label (N,) for each row."""
     return [Case((x, labels_for(x, seed)), words) for x, words in logits_of(seed)]
-
-def cross_entropy(x: Tensor, y: Tensor) -> Tensor:
-    """Mean negative log-likelihood of labels (N,) under logits (N, V)."""
-    return -log_softmax(x).gather(-1, y[:, None]).mean()
 
 # %% ../../nbs/labs/72_xent.ipynb #1347054d
 CROSS_ENTROPY = Exercise("L2.cross_entropy", cross_entropy, labelled, {
@@ -83,8 +75,7 @@ def partly_labelled(seed: int) -> list[Case]:
 
 def masked_cross_entropy(x: Tensor, y: Tensor) -> Tensor:
     """Mean over the labels that are not -100; 0 where none counts."""
-    kept = y != -100
-    return -(log_softmax(x).gather(-1, y.clamp(min=0)[:, None])[:, 0] * kept).sum() / kept.sum().clamp(min=1)
+    return cross_entropy(x, y) if (y != -100).any() else x.new_zeros(())
 
 # %% ../../nbs/labs/72_xent.ipynb #08ca2dc4
 MASKED = Exercise("L2.masked_cross_entropy", masked_cross_entropy, partly_labelled, {
@@ -101,10 +92,6 @@ MASKED = Exercise("L2.masked_cross_entropy", masked_cross_entropy, partly_labell
     terms=1024)
 
 # %% ../../nbs/labs/72_xent.ipynb #a7b89bfd
-def gradient(x: Tensor, y: Tensor) -> Tensor:
-    """Derivative (N, V) of the mean cross-entropy: (softmax - one-hot) / N."""
-    return (x.softmax(-1) - F.one_hot(y, x.shape[-1]).to(x.dtype)) / len(x)
-
 def _by_autograd(x: Tensor, y: Tensor) -> Tensor:
     "What backward says."
     x = x.detach().clone().requires_grad_()
@@ -130,10 +117,6 @@ def binary_cases(seed: int) -> list[Case]:
     large = torch.tensor([17.0, -20.0, 120.0, -130.0, 300.0, -300.0])
     return [Case((x[:1], sides[:1]), "one row"), Case((x, sides), "six rows"), Case((x.double(), sides.double()), "double precision"),
             Case((large, sides), "large logits, half of them wrong")]
-
-def binary(x: Tensor, y: Tensor) -> Tensor:
-    """Mean of log(1 + e^x) - x y, without overflow."""
-    return (x.clamp(min=0) - x * y + (-x.abs()).exp().log1p()).mean()
 
 BINARY = Exercise("L2.binary", binary, binary_cases, {
     "the logarithm of a sigmoid": lambda x, y: -(y * x.sigmoid().log() + (1 - y) * (1 - x.sigmoid()).log()).mean(),
