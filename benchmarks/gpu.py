@@ -1,10 +1,10 @@
-"""Attention and cross-entropy of this kit on a GPU beside PyTorch's kernels: time, memory, error. Needs torch and a GPU, nothing else.
+"""Attention and cross-entropy of this kit on a GPU beside PyTorch's kernels, and LoRA beside full tuning: time, memory, error.
 
     python benchmarks/gpu.py --out data/timings/gpu.json     # a few minutes: measures, keeps every sample and where it comes from
     python benchmarks/gpu.py --render data/timings/gpu.json  # writes the section of benchmarks/README.md from it, on any machine
 
 A call is timed by two events on the stream, after the cache was overwritten, in rounds that run every form once, every other round in
-reverse order. Only forms whose results were found equal are timed.
+reverse order. Only forms whose results were found equal are timed; a step of LoRA, whose B starts as 0, must have full tuning's first loss.
 """
 
 import argparse
@@ -21,11 +21,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tunebook.attention.tiled import tiled_attention, tuned_attention
 from tunebook.entropy import linear_ce
+from tunebook.tuning.methods import attach
 
 Call = Callable[[], list[Tensor]]  # returns result and gradients
 BACKENDS = {"SDPA, flash": SDPBackend.FLASH_ATTENTION, "SDPA, efficient": SDPBackend.EFFICIENT_ATTENTION,
@@ -121,7 +122,7 @@ def attention(T: int, causal: bool, dtype: torch.dtype) -> dict[str, Any]:
              "tuned": lambda *x: tuned_attention(*x, causal=causal, tile=1024, heads=16)[0],
              **{name: partial(fused, backend, causal) for name, backend in BACKENDS.items()}}
     return measured(f"attention, T={T}{', causal' if causal else ''}", {n: partial(graded, f, inputs, up) for n, f in forms.items()},
-                    [w.double() for w in want], dtype, 20)
+                    [w.double() for w in want], dtype, 20 if T < 16384 else 10)
 
 
 def plain_ce(h: Tensor, w: Tensor, y: Tensor) -> Tensor:
@@ -144,20 +145,91 @@ def cross_entropy(N: int, E: int, V: int, dtype: torch.dtype) -> dict[str, Any]:
     return measured(f"cross-entropy, N={N}, E={E}, V={V}", calls, want, dtype, 20)
 
 
+def minilm(dtype: torch.dtype) -> nn.Module:
+    """A classifier of MiniLM's shape with random weights, without dropout: 22.7 million parameters."""
+    from transformers import BertConfig, BertForSequenceClassification
+    quiet = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    shape = BertConfig(hidden_size=384, num_hidden_layers=6, num_attention_heads=12, intermediate_size=1536, num_labels=2, **quiet)
+    return BertForSequenceClassification(shape).to("cuda", dtype)
+
+
+def llama(dtype: torch.dtype) -> nn.Module:
+    """A random Llama of 1.24 billion parameters, in the shape of Llama 3.2 1B."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+    shape = LlamaConfig(vocab_size=128256, hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, num_attention_heads=32,
+                        num_key_value_heads=8, head_dim=64, tie_word_embeddings=True, use_cache=False)
+    with torch.device("cuda"):
+        return LlamaForCausalLM(shape).to(dtype)
+
+
+def step(model: nn.Module, ids: Tensor, labels: Tensor) -> Call:
+    """One update by fused AdamW; the call returns the loss before it."""
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5, fused=True)
+
+    def update() -> list[Tensor]:
+        optimizer.zero_grad()
+        loss = F.cross_entropy(model(input_ids=ids).logits.flatten(0, -2).float(), labels.flatten())
+        loss.backward()
+        optimizer.step()
+        return [loss.detach()]
+    return update
+
+
+def tuning(what: str, build: Callable[[torch.dtype], nn.Module], rows: int, length: int, dtype: torch.dtype) -> dict[str, Any]:
+    """A step of full tuning and of LoRA (rank 8); memory holds weights, optimizer and step."""
+    g = torch.Generator("cuda").manual_seed(0)
+    ids = torch.randint(1000, 30000, (rows, length), generator=g, device="cuda")
+    labels = torch.randint(2, (rows,), generator=g, device="cuda") if what.startswith("MiniLM") else ids
+    query, value = ("query", "value") if what.startswith("MiniLM") else ("q_proj", "v_proj")
+    head = None if what.startswith("MiniLM") else ()
+    forms: dict[str, Any] = {"full": None, "LoRA, query and value": [query, value], "LoRA, all linear": "all-linear"}
+    row: dict[str, Any] = {"what": f"tuning, {what}, {rows} x {length}", "dtype": str(dtype)[6:], "error": {}, "peak": {}, "refused": {},
+                           "trains": {}}
+    calls, want = {}, None
+    for name, targets in forms.items():
+        torch.manual_seed(0)
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        model = build(dtype).train()
+        if targets is not None:
+            attach(model, "lora", r=8, alpha=16, targets=targets, head=head)
+        row["trains"][name] = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        calls[name] = step(model, ids, labels)
+        first = calls[name]()
+        want = want or [first[0].double()]
+        row["error"][name] = distance(first, want)
+        if not row["error"][name] <= TOLERANCE[dtype]:
+            row["refused"][name] = f"another first loss, off by {row['error'][name]}: not timed"
+            del calls[name]
+            continue
+        calls[name]()
+        torch.cuda.synchronize()
+        row["peak"][name] = torch.cuda.max_memory_allocated() - before
+    row["ms"] = sample(calls, 20)
+    print(row["what"], dtype, {n: f"{statistics.median(t):.2f} ms, {row['peak'][n] / 1e6:.0f} MB" for n, t in row["ms"].items()},
+          row["refused"], flush=True)
+    return row
+
+
 PARTS: dict[str, Callable[[], dict[str, Any]]] = {
     f"attention {T} {causal} {str(dtype)[6:]}": partial(attention, T, causal, dtype)
     for dtype in (torch.float32, torch.bfloat16) for T in (1024, 4096, 16384) for causal in (False, True)}
 PARTS |= {f"cross-entropy {V} {str(dtype)[6:]}": partial(cross_entropy, 8192, 2048, V, dtype)
           for dtype in (torch.float32, torch.bfloat16) for V in (32768, 131072)}
 
+PARTS |= {f"tuning MiniLM {rows} {str(dtype)[6:]}": partial(tuning, "MiniLM's shape", minilm, rows, 128, dtype)
+          for dtype in (torch.float32, torch.bfloat16) for rows in (32, 256)}
+PARTS |= {"tuning Llama bfloat16": partial(tuning, "Llama of 1.24 billion", llama, 4, 1024, torch.bfloat16)}
+
 
 def table(record: dict[str, Any]) -> str:
-    """The record as tables of Markdown, attention and cross-entropy."""
+    """The record as tables of Markdown: attention, cross-entropy, tuning."""
     texts = [", ".join(f"{k} {v}" for k, v in record["from"].items()) + "."]
-    for kind in ("attention", "cross-entropy"):
+    kinds = {"attention": "forward and backward", "cross-entropy": "forward and backward", "tuning": "a step with its update"}
+    for kind, head in kinds.items():
         rows = [r for r in record["rows"] if r["what"].startswith(kind)]
         forms = list(dict.fromkeys(n for r in rows for n in [*r["ms"], *r["refused"]]))
-        lines = [f"| {kind}, forward and backward | " + " | ".join(forms) + " |", "|---" + "|---:" * len(forms) + "|"]
+        lines = [f"| {kind}, {head} | " + " | ".join(forms) + " |", "|---" + "|---:" * len(forms) + "|"]
         for r in rows:
             cells = [f"{statistics.median(r['ms'][n]):.2f} ms, {r['peak'][n] / 1e6:.0f} MB" if n in r["ms"] else "refused" for n in forms]
             lines.append(f"| {r['what'].removeprefix(kind + ', ')}, {r['dtype']} | " + " | ".join(cells) + " |")

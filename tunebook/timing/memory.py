@@ -233,7 +233,7 @@ class _Segment:
     def __init__(self, f: Callable[..., Any], args: tuple, kwargs: dict) -> None:
         leaves, self.spec = tree_flatten((args, kwargs))
         self.f, self.leaves = f, [_HERE if isinstance(x, Tensor) else x for x in leaves]
-        self.held = _Keep.apply(torch.empty(0, requires_grad=True), *(x for x in leaves if isinstance(x, Tensor))).grad_fn
+        self.held = _Keep.apply(torch.empty(0, requires_grad=True), *(x for x in leaves if isinstance(x, Tensor)))
         self.dice, self.precision = _dice(), _precision()
         self.first: list[tuple] = []  # shape and type of what is kept at first
         self.again: dict[int, tuple[Tensor, int]] = {}
@@ -255,7 +255,7 @@ class _Segment:
         return t
 
     def run(self) -> None:
-        tensors = iter(self.held.saved_tensors)
+        tensors = iter(self.held.grad_fn.saved_tensors)  # the tensor keeps its node
         args, kwargs = tree_unflatten([next(tensors) if x is _HERE else x for x in self.leaves], self.spec)
         self.again.clear()
         with _as_before(self.dice, self.precision), saved_tensors_hooks(self.collect, lambda _: None):
