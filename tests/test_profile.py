@@ -135,7 +135,9 @@ def test_counts_and_own_times_are_pytorchs(device):
         host = by_name(Trace(read(p).calls("range", "operator", "runtime"), "measured here"))
         theirs = {r.key: r for r in p.key_averages() if r.key in host and r.device_type.name == "CPU"}
         assert {n: r.calls for n, r in host.items()} == {n: r.count for n, r in theirs.items()} and len(host) > 20
-        assert {n: r.own for n, r in host.items()} == {n: round(1000 * r.self_cpu_time_total) for n, r in theirs.items()}
+        gaps = {n: r.own - round(1000 * theirs[n].self_cpu_time_total) for n, r in host.items()}
+        asked = [round(1000 * r.self_cpu_time_total) for r in p.key_averages() if r.key == "Activity Buffer Request"]
+        assert [gap for gap in gaps.values() if gap] == asked, "only the profiler's own request for room is not told apart"
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -175,7 +177,8 @@ def test_files_plain_and_packed(tmp_path):
     (tmp_path / "b.gz").write_bytes(gzip.compress((tmp_path / "a.json").read_bytes()))
     a, b = read(tmp_path / "a.json"), read(str(tmp_path / "b.gz"), "recorded on a laptop")
     assert by_name(a) == by_name(b) and len(a.calls()) > 50
-    assert (a.kind, b.kind) == ("recorded on an unnamed CPU", "recorded on a laptop")
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() else "an unnamed CPU"
+    assert (a.kind, b.kind) == (f"recorded on {name}", "recorded on a laptop")
 
 
 @pytest.mark.parametrize("source, words", [([], "expected a trace with traceEvents, got list: write one with export_chrome_trace"),
