@@ -62,14 +62,14 @@ def outputs(nb):
 
 
 def test_the_solved_lab_passes_with_the_outputs_that_are_kept(lab, tmp_path, offline_env):
-    result = run_notebook(Spec(str(lab), lab.stem, str(tmp_path), env=offline_env))
+    result = run_notebook(Spec(str(lab), lab.stem, str(tmp_path), env=offline_env, kernels="fork"))
     assert result["status"] == "passed", result["failure"]
     assert [(c["name"], c["value"]) for c in result["claims"]] == [(n, "passed") for n in tasks(read(lab))]
     assert outputs(read(tmp_path / f"{lab.stem}.ipynb")) == outputs(read(lab)), "run it, and keep its outputs"
 
 
 def test_the_lab_that_is_handed_out_runs_to_its_end_and_fails(lab, tmp_path, offline_env):
-    result = run_notebook(Spec(str(ROOT / "tutorial" / lab.name), lab.stem, str(tmp_path), env=offline_env))
+    result = run_notebook(Spec(str(ROOT / "tutorial" / lab.name), lab.stem, str(tmp_path), env=offline_env, kernels="fork"))
     assert result["status"] == "failed" and result["failure"]["kind"] == "claim failed", result["failure"]
     assert [(c["name"], c["value"], c["ok"]) for c in result["claims"]] == [(n, "not yet", False) for n in tasks(read(lab))]
 

@@ -43,10 +43,11 @@ def test_committed_outputs_are_those_of_the_run(name, suite, root):
     assert {i: shown(c) for i, c in executed.items()} == {i: shown(committed[i]) for i in executed}
 
 
-def test_the_network_is_really_refused(tmp_path, offline_env):
+@pytest.mark.parametrize("kernels", ["cold", "fork"])
+def test_the_network_is_really_refused(tmp_path, offline_env, kernels):
     """The guard works: a notebook that dials out fails, and only for that reason."""
     code = "import socket\nsocket.create_connection(('192.0.2.1', 80), timeout=5)"
     kernel = {"kernelspec": {"name": "python3", "display_name": "python3", "language": "python"}}
     nbformat.write(new_notebook(cells=[new_code_cell(code)], metadata=kernel), tmp_path / "dial.ipynb")
-    result = run_notebook(Spec(str(tmp_path / "dial.ipynb"), "dial", str(tmp_path / "out"), env=offline_env))
+    result = run_notebook(Spec(str(tmp_path / "dial.ipynb"), "dial", str(tmp_path / "out"), env=offline_env, kernels=kernels))
     assert result["failure"]["kind"] == "cell error" and "no network: 192.0.2.1 refused" in result["failure"]["message"]
