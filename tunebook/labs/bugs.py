@@ -109,6 +109,7 @@ def _at(place: Callable[[Tensor], Tensor]) -> Callable[[Tensor, Tensor], Tensor]
     "An answer that reads the logits at a place (B,) made from the mask."
     return lambda logits, mask: logits[torch.arange(len(mask)), place(mask)]
 
+# %% ../../nbs/labs/77_bugs.ipynb #d996fad7
 ANSWER = Exercise("L7.answer", answer, padded, {
     FOUND: found_answer,
     "the number of real tokens less one: right for padding on the right": _at(lambda m: m.sum(1) - 1),
@@ -148,6 +149,7 @@ def _moved(cut: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]) -> Callable[[
         return F.cross_entropy(x.flatten(0, -2), y.flatten())
     return loss
 
+# %% ../../nbs/labs/77_bugs.ipynb #2f8a48eb
 NEXT_TOKEN_LOSS = Exercise("L7.next_token_loss", next_token_loss, texts, {
     FOUND: found_next_token_loss,
     "moved nowhere: each token predicts itself": _moved(lambda x, y: (x, y)),
@@ -200,6 +202,7 @@ def _first_end_back(ids: list[int], p: int, used: int, end: int) -> list[int]:
     out[ids.index(end)] = end
     return out
 
+# %% ../../nbs/labs/77_bugs.ipynb #f00a42cf
 TRAINING_ROW = Exercise("L7.training_row", training_row, dialogues, {
     FOUND: found_training_row,
     "padding is learned": _labels(lambda ids, p, used, end: [-100 if k < p else t for k, t in enumerate(ids)]),
@@ -245,6 +248,7 @@ def _counted(tags: list[int], words: list[int | None]) -> list[int]:
     left = iter(tags)
     return [next(left) if w is not None and w != before else -100 for before, w in zip([None, *words], words)]
 
+# %% ../../nbs/labs/77_bugs.ipynb #0c39646a
 ALIGN = Exercise("L7.align", align, pieces, {
     FOUND: found_align,
     "moved by one for the first special token": lambda tags, words: [-100, *found_align(tags, words[1:])],
@@ -283,6 +287,7 @@ def _copied_late(tokens: Tensor, chosen: Tensor, mask: int) -> dict[str, Tensor]
     inputs[chosen] = mask
     return {"inputs": inputs, "labels": inputs.clone().masked_fill(~chosen, -100)}
 
+# %% ../../nbs/labs/77_bugs.ipynb #0c90b069
 MASKED = Exercise("L7.masked", masked, hidden, {
     FOUND: found_masked,
     "the labels are copied too late": _copied_late,
@@ -326,6 +331,7 @@ def _scale(x: Tensor, middle: Tensor, deviation: Tensor) -> Tensor: return (x - 
 
 def _std(x: Tensor) -> Tensor: return x.std(0, correction=0)
 
+# %% ../../nbs/labs/77_bugs.ipynb #b4bc60ac
 SCALED = Exercise("L7.scaled", scaled, tables, {
     FOUND: found_scaled,
     "the test rows have a scale of their own": lambda x, a, b: {k: _scale(x[r], x[r].mean(0), _std(x[r])) for k, r in (
@@ -387,6 +393,7 @@ def _accumulate(weigh: Callable[[int, int], float], over: Callable[[Batches, int
         return total / over(batches, count)
     return answer
 
+# %% ../../nbs/labs/77_bugs.ipynb #31d1cc4b
 GRADIENT = Exercise("L7.gradient", gradient, accumulated, {
     FOUND: found_gradient,
     "means that are added": _accumulate(lambda n, rows: 1 / max(1, n), lambda b, n: 1),
@@ -441,6 +448,7 @@ def _rule(decayed: Callable[[Tensor, float, float], Tensor], eps: float = 1e-8, 
 def _shrunk(w: Tensor, rate: float, decay: float) -> Tensor: return w * (1 - rate * decay)
 def _kept(w: Tensor, rate: float, decay: float) -> Tensor: return w
 
+# %% ../../nbs/labs/77_bugs.ipynb #eef71261
 ADAMW = Exercise("L7.adamw", adamw, steps, {
     FOUND: found_adamw,
     "no decay at all": _rule(_kept),

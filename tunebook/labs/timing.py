@@ -107,6 +107,7 @@ def _steady(times: Sequence[float], middle: Any = statistics.median, share: floa
     ends = range(first, len(times) + 1)
     return next((n for n in ends if middle(times[n - 5:n]) >= share * middle(times[n - 10:n - 5])), len(times) * never)
 
+# %% ../../nbs/labs/76_timing.ipynb #9c70ccbd
 WARM_CALLS = Exercise("L6.warm_calls", warm_calls, warming, {
     "means, not medians": lambda t: _steady(t, statistics.fmean),
     "the shortest of five, not their median": lambda t: _steady(t, min),
@@ -209,6 +210,7 @@ def _rounds(formula: Any) -> Any:
         return [formula(*((s[0], s[3]), (s[1], s[2]))[::-1 if coin else 1]) for coin, s in parts]
     return answer
 
+# %% ../../nbs/labs/76_timing.ipynb #4e3b945c
 ROUND_RATIOS = Exercise("L6.round_ratios", round_ratios, turns, {
     "the coins are not looked at": lambda s, coins: round_ratios(s, [0] * len(coins)),
     "g over f, or the coin the wrong way round": lambda s, coins: round_ratios(s, [1 - c for c in coins]),
@@ -260,6 +262,7 @@ def _normal(ratios: Sequence[float], k: int) -> list[float]:
     m, s = statistics.fmean(logs), 1.96 * statistics.stdev(logs) / math.sqrt(len(logs))
     return [math.exp(x) for x in (m, m - s, m + s)]
 
+# %% ../../nbs/labs/76_timing.ipynb #c1b61f58
 INTERVAL = Exercise("L6.interval", interval, measured, {
     "no average of a round with itself": lambda r, k: _read(_averages(r, False), k),
     "the rounds themselves, not their averages": lambda r, k: _read(sorted(map(math.log, r)), 1),
@@ -355,6 +358,7 @@ def _shared(share: Any) -> Any:
     "An answer with another share."
     return lambda *a: (out := bandwidth(*a)) and out | {"share": share(out["share"])}
 
+# %% ../../nbs/labs/76_timing.ipynb #c5b004e5
 BANDWIDTH = Exercise("L6.bandwidth", bandwidth, moves, {
     "only what is read": _rate(lambda read, written: _bytes(read, [])),
     "only what is written": _rate(lambda read, written: _bytes([], written)),
@@ -395,6 +399,7 @@ def _count(total: Any, most: int = 400) -> Any:
     "An answer that counts up."
     return lambda *a: next((n for n in range(1, most) if total(n, *a)), None)
 
+# %% ../../nbs/labs/76_timing.ipynb #6030e6e0
 PAYS_AFTER = Exercise("L6.pays_after", pays_after, compilers, {
     "rounded down: one call too few": lambda first, later, plain: max(1, n - 1) if (n := pays_after(first, later, plain)) else None,
     "equal totals count as shorter": _count(lambda n, first, later, plain: first + (n - 1) * later <= n * plain),
