@@ -309,6 +309,12 @@ MUTANTS = {  # name: (chapter, right, wrong)
     "labels that all count": ("labs/72_xent", "first[0], zero[-1] = -100, 0", "zero[-1] = 0"),
     "no logit on the wrong side": ("labs/72_xent", "[17.0, -20.0, 120.0, -130.0, 300.0, -300.0]",
                                    "[-17.0, 20.0, -120.0, 130.0, 300.0, -300.0]"),
+    "no flush between the calls of a log": ("labs/76_timing", 'flush=True), "add", 1)', 'flush=False), "add", 1)'),
+    "an interval one average too narrow": ("labs/76_timing", "{6: 1, 8: 4,", "{6: 1, 8: 5,"),
+    "no rate a little above the roof": ("labs/76_timing", "[zeros(n)], 1.15)", "[zeros(n)], 0.95)"),
+    "every word has a piece": ("labs/77_bugs", "[None, 0, 2, 2, 3, None, None]", "[None, 0, 1, 1, 2, None, None]"),
+    "padding on one side at a time": ("labs/77_bugs", "[[0, 1, 1, 0, 0], [0, 0, 0, 1, 0]]", "[[1, 1, 1, 0, 0], [1, 1, 1, 1, 0]]"),
+    "a repair that does not decay": ("labs/77_bugs", '"weight_decay": decay}', '"weight_decay": 0.0}'),
 }
 UNTOUCHED = ("entropy/21_xent", "def log_softmax(", "def log_softmax(")
 
