@@ -95,6 +95,7 @@ def _with_torch(labels: list[int], draws: list[float], parts: int) -> dict[str, 
     out = (same & (d < d[:, None])).sum(1) < same.sum(1) // parts
     return {"train": (~out).nonzero()[:, 0].tolist(), "test": out.nonzero()[:, 0].tolist()}
 
+# %% ../../nbs/labs/82_capstone.ipynb #0c051757
 SPLIT = Exercise("L12.split", split, label_cases, {
     "drawn from all rows, whatever their label": lambda y, d, k: _each([0] * len(y), lambda rows: _low(rows, d, len(y) // k)),
     "the largest draws": lambda y, d, k: split(y, [-v for v in d], k),
@@ -217,6 +218,7 @@ def _inside(low: float, high: float, least: float, most: float) -> bool: return 
 
 def _apart(low: float, high: float, least: float, most: float) -> bool: return high < least or most < low
 
+# %% ../../nbs/labs/82_capstone.ipynb #ad5c4521
 VERDICT = Exercise("L12.verdict", verdict, verdict_cases, {
     "the middle decides": _rule(lambda a, b, x, y: x <= (a + b) / 2 <= y, lambda *ends: True),
     "any value in common is enough": _rule(lambda *ends: not _apart(*ends), _apart),
