@@ -315,6 +315,15 @@ MUTANTS = {  # name: (chapter, right, wrong)
     "every word has a piece": ("labs/77_bugs", "[None, 0, 2, 2, 3, None, None]", "[None, 0, 1, 1, 2, None, None]"),
     "padding on one side at a time": ("labs/77_bugs", "[[0, 1, 1, 0, 0], [0, 0, 0, 1, 0]]", "[[1, 1, 1, 0, 0], [1, 1, 1, 1, 0]]"),
     "a repair that does not decay": ("labs/77_bugs", '"weight_decay": decay}', '"weight_decay": 0.0}'),
+    "clicks that are in order of time": ("labs/80_recommend", "return r.sample(out, len(out))",
+                                         'return sorted(out, key=lambda c: c["time"])'),
+    "scores of which no two are equal": ("labs/80_recommend", "[2.0, 5.0, 2.0, 0.0, 5.0, 2.0, 0.0, 5.0]",
+                                         "[2.0, 5.0, 1.0, 0.0, 7.0, 3.0, -1.0, 6.0]"),
+    "never more clicks than places": ("labs/80_recommend", "ranked[2:5] + ranked[7:9] + [98, 99]", "ranked[2:4]"),
+    "figures without a last zero": ("labs/82_capstone", '("94.10", 94.14), ("50", 50.3), ("50.0", 50.3)', '("50", 50.3)'),
+    "figures without a half": ("labs/82_capstone", '("3", 2.5), ("3", 3.5),\n            ("0.3", 0.25), ("0.2", 0.25), ("-3", -2.5), '
+                               '("-3", -3.5), ', ""),
+    "no claim between the seeds and their interval": ("labs/82_capstone", '0.8], 1.2, "statistical")', '0.8], 1.1, "statistical")'),
 }
 UNTOUCHED = ("entropy/21_xent", "def log_softmax(", "def log_softmax(")
 
