@@ -25,6 +25,7 @@ def daily_index(
     total = values.new_zeros(length).index_add(0, days, values)
     return total / torch.bincount(days, minlength=length)
 
+# %% ../../nbs/labs/79_monitor.ipynb #1656f330
 def feeds(seed: int) -> list[Case]:
     """Headlines of some days: gaps at the beginning, in between, at the end, everywhere."""
     g = torch.Generator().manual_seed(seed)
@@ -199,6 +200,7 @@ def level(
     k = (len(scores) + 1) * most // of
     return float(scores.sort(descending=True).values[k - 1]) if k else math.inf
 
+# %% ../../nbs/labs/79_monitor.ipynb #ac0b820d
 def calm(seed: int) -> list[Case]:
     """Scores of calm times in no order, and a promise."""
     g = torch.Generator().manual_seed(seed)
