@@ -74,6 +74,7 @@ def smooth(
         out.append(total / weight if weight else math.nan)
     return x.new_tensor(out)
 
+# %% ../../nbs/labs/79_monitor.ipynb #28dae1a2
 def series(seed: int) -> list[Case]:
     """Series with and without gaps."""
     g = torch.Generator().manual_seed(seed)
@@ -148,6 +149,7 @@ def cusum(
         out.append(s)
     return torch.stack(out, -1)
 
+# %% ../../nbs/labs/79_monitor.ipynb #085cf14b
 def streams(seed: int) -> list[Case]:
     """Days above and below the usual; one series, several, and gaps."""
     g = torch.Generator().manual_seed(seed)
