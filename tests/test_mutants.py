@@ -324,6 +324,13 @@ MUTANTS = {  # name: (chapter, right, wrong)
     "figures without a half": ("labs/82_capstone", '("3", 2.5), ("3", 3.5),\n            ("0.3", 0.25), ("0.2", 0.25), ("-3", -2.5), '
                                '("-3", -3.5), ', ""),
     "no claim between the seeds and their interval": ("labs/82_capstone", '0.8], 1.2, "statistical")', '0.8], 1.1, "statistical")'),
+    "texts that all have tokens": ("labs/78_service", "void[1] = 0", "void[1] = void[1]"),
+    "never too few scores for a promise": ("labs/78_service", "Case((x[:8], 10)", "Case((x[:9], 10)"),
+    "classes that all have an example": ("labs/78_service", "torch.where(y == 1, 4, y), q, 6)", "y, q, 3)"),
+    "no alarm on a first day": ("labs/79_monitor", "Case(([first], events[:1], 0)", "Case(([first + 1], events[:1], 0)"),
+    "p-values that no other saves": ("labs/79_monitor", "saved = torch.tensor([0.02, 0.032, 0.046,",
+                                     "saved = torch.tensor([0.01, 0.032, 0.046,"),
+    "a feed that is never down": ("labs/79_monitor", "gaps[:, 5], gaps[1, 8:10] = math.nan, math.nan", "pass"),
 }
 UNTOUCHED = ("entropy/21_xent", "def log_softmax(", "def log_softmax(")
 
