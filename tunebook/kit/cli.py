@@ -411,6 +411,8 @@ ELSEWHERE["time"] = Elsewhere(
         "--seconds": {"type": float, "default": 0.5, "metavar": "S", "help": "of sampling for each (default: %(default)s)"},
         "--device": {"default": "cpu", "help": "cpu or cuda (default: %(default)s)"},
         "--out": {"default": "_time", "metavar": "FILE", "help": "writes FILE.json and FILE.png (default: %(default)s)"}})
+
+# %% ../../nbs/kit/08_cli.ipynb #5e12be01
 ELSEWHERE["serve"] = Elsewhere(
     "tunebook.tasks.serve:cmd_serve", "Serve a tuned classifier over HTTP; tokens come from TUNEBOOK_TOKEN or from a file.",
     "tunebook serve _tune/lora-0 --token-file tokens.txt", {

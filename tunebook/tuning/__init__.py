@@ -157,6 +157,7 @@ class Tuned(Run):
         scores = ", ".join(f"{k} {v:.4f}" for k, v in self.metrics.items())
         return f"{self.method} {self.config}\n{super().__repr__()}\n{scores}"
 
+# %% ../../nbs/tuning/29_tune.ipynb #5e12be02
 def _keep(net: nn.Module, folder: Path, model: Any, classes: list[str], limit: int) -> None:
     "Write the adapter, and what has to be known to ask it: base model, classes, tokens read of a text."
     save_adapter(net, folder / "adapter")
