@@ -434,6 +434,7 @@ def test_the_command_from_start_to_stop(folder, capsys, monkeypatch):
     (["x", "--port", "0"], "", "no token in TUNEBOOK_TOKEN: make one"),
     (["x", "--port", "0"], "short", "token 1 in TUNEBOOK_TOKEN is shorter than 16"),
     (["x", "--port", "0", "--token-file", "gone.txt"], KEY, "the tokens of gone.txt cannot be read: No such file"),
+    (["x", "--port", "0", "--rate", "0"], KEY, "--rate must be above 0, got 0"),
     (["x", "--port", "99999"], KEY, "port 99999 of 127.0.0.1 cannot be had"),
     (["x", "--port", "0", "--host", "203.0.113.9"], KEY, "port 0 of 203.0.113.9 cannot be had"),
 ])

@@ -594,11 +594,13 @@ def cmd_serve(
 
     from tunebook.kit.cli import Problem
     try:
+        if not args.rate > 0: raise ValueError(f"--rate must be above 0, got {args.rate:g}")
         tokens = read_tokens(args.token_file)
         with listening(args.host, args.port) as sock:
             model = open_model(args.model, args.device)
             app = application(threaded(model), tokens, Limits(rate=args.rate, burst=max(1, math.ceil(2 * args.rate))), model.name)
-            print(f"{model.name}: http://{args.host}:{sock.getsockname()[1]} (what can be asked: /docs). Ctrl-C stops.", flush=True)
+            host = f"[{args.host}]" if ":" in args.host else args.host
+            print(f"{model.name}: http://{host}:{sock.getsockname()[1]} (what can be asked: /docs). Ctrl-C stops.", flush=True)
             if args.host not in ("127.0.0.1", "::1", "localhost"): print(PUBLIC, file=sys.stderr)
             config = uvicorn.Config(app, log_level="error", server_header=False, timeout_graceful_shutdown=10)
             with suppress(KeyboardInterrupt): uvicorn.Server(config).run([sock])
