@@ -331,6 +331,20 @@ MUTANTS = {  # name: (chapter, right, wrong)
     "p-values that no other saves": ("labs/79_monitor", "saved = torch.tensor([0.02, 0.032, 0.046,",
                                      "saved = torch.tensor([0.01, 0.032, 0.046,"),
     "a feed that is never down": ("labs/79_monitor", "gaps[:, 5], gaps[1, 8:10] = math.nan, math.nan", "pass"),
+    "the beginning of a token opens": ("tasks/61_serve", "hmac.compare_digest(given.strip(\" \").encode(), t.encode())",
+                                       "t.encode().startswith(given.strip(\" \").encode())"),
+    "a bucket that runs over": ("tasks/61_serve", "level = min(burst, state[\"level\"] + (now - state[\"at\"]) * rate)",
+                                "level = state[\"level\"] + (now - state[\"at\"]) * rate"),
+    "a wait that begins anew": ("tasks/61_serve", "closes = self.items[0].since + self.limits.wait",
+                                "closes = self.items[-1].since + self.limits.wait"),
+    "an edge that is counted above": ("tasks/61_serve", "bisect.bisect_left(self.edges, seconds)",
+                                       "bisect.bisect_right(self.edges, seconds) - 1"),
+    "answers that change places": ("tasks/61_serve", "answers[end - len(i.texts):end]", "answers[:len(i.texts)]"),
+    "latency from sending": ("tasks/61_serve", "return self.done - self.scheduled", "return self.done - self.sent"),
+    "no clock that goes back": ("labs/81_serve", 'case(0.5, 9.0, 3.0, 0.25, 2.0, "a clock that was set back")',
+                                'case(0.5, 9.0, 9.0, 0.25, 2.0, "a clock that was set back")'),
+    "never two at once": ("labs/81_serve", "([1.0, 1.0, 1.0], [2.0, 1.0, 3.0])", "([1.0, 1.5, 2.0], [2.0, 1.0, 3.0])"),
+    "nobody comes when the wait ends": ("labs/81_serve", "([0.0, 1.0, 1.25], 4, 1.0,", "([0.0, 0.5, 1.25], 4, 1.0,"),
 }
 UNTOUCHED = ("entropy/21_xent", "def log_softmax(", "def log_softmax(")
 

@@ -412,6 +412,17 @@ ELSEWHERE["time"] = Elsewhere(
         "--device": {"default": "cpu", "help": "cpu or cuda (default: %(default)s)"},
         "--out": {"default": "_time", "metavar": "FILE", "help": "writes FILE.json and FILE.png (default: %(default)s)"}})
 
+# %% ../../nbs/kit/08_cli.ipynb #5e12be01
+ELSEWHERE["serve"] = Elsewhere(
+    "tunebook.tasks.serve:cmd_serve", "Serve a tuned classifier over HTTP; tokens come from TUNEBOOK_TOKEN or from a file.",
+    "tunebook serve _tune/lora-0 --token-file tokens.txt", {
+        "model": {"metavar": "RUN_OR_MODEL", "help": "the folder of a run of tunebook tune, or of a classifier in transformers' format"},
+        "--host": {"default": "127.0.0.1", "help": "address to listen at (default: %(default)s, this machine only)"},
+        "--port": {"type": int, "default": 8000, "metavar": "N", "help": "0: any free one (default: %(default)s)"},
+        "--token-file": {"metavar": "FILE", "help": "one token a line (default: the token in TUNEBOOK_TOKEN)"},
+        "--rate": {"type": float, "default": 20.0, "metavar": "N", "help": "requests a second of each token (default: %(default)s)"},
+        "--device": {"default": "cpu", "help": "cpu or cuda (default: %(default)s)"}})
+
 # %% ../../nbs/kit/08_cli.ipynb #f47aa463
 ELSEWHERE["labs"] = Elsewhere(
     "tunebook.kit.exercises:cmd_labs",

@@ -24,6 +24,7 @@ from torch import nn
 
 from ..kit import data as sets
 from ..kit.ledger import used
+from ..kit.run import write_atomic
 from . import methods
 from .batches import encode
 from .cost import enough
@@ -156,6 +157,13 @@ class Tuned(Run):
         scores = ", ".join(f"{k} {v:.4f}" for k, v in self.metrics.items())
         return f"{self.method} {self.config}\n{super().__repr__()}\n{scores}"
 
+# %% ../../nbs/tuning/29_tune.ipynb #5e12be02
+def _keep(net: nn.Module, folder: Path, model: Any, classes: list[str], limit: int) -> None:
+    "Write the adapter, and what has to be known to ask it: base model, classes, tokens read of a text."
+    save_adapter(net, folder / "adapter")
+    base = None if isinstance(model, nn.Module) else str(Path(model).resolve()) if Path(model).is_dir() else str(model)
+    write_atomic(folder / "tuned.json", json.dumps({"model": base, "classes": classes, "limit": limit}) + "\n")
+
 # %% ../../nbs/tuning/29_tune.ipynb #2423fac7
 SETTINGS = {f.name for f in fields(Recipe)}
 
@@ -195,7 +203,7 @@ def tune(
     run = fit(net, examples["train"], examples.get("validation"), recipe, loss=penalized(classify), after=after_update,
               folder=Path(folder) / "checkpoints" if folder else None, progress=progress)
     if test: run.metrics |= {f"test_{k}": v for k, v in evaluate(net, examples["test"]).items()}
-    if folder: save_adapter(net, Path(folder) / "adapter")
+    if folder: _keep(net, Path(folder), model, list(classes), recipe.limit)
     return Tuned(**vars(run), method=method, config=methods.adapters(net)["default"].config, classes=list(classes), tokenizer=tokenizer)
 
 # %% ../../nbs/tuning/29_tune.ipynb #d4d25745
