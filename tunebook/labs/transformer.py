@@ -110,7 +110,9 @@ GELU = Exercise("L3.gelu", gelu, gelu_cases, {
 def feed_forward(x: Tensor, w: dict[str, Tensor]) -> Tensor:
     """Two linear maps (E, M), (M, E) with GELU by tanh between: Vaswani et al. (2017), eq. 2, as in GPT-2."""
     E, M = w["c_fc.weight"].shape
-    ours = {"up.weight": w["c_fc.weight"].mT, "down.weight": w["c_proj.weight"].mT, "up.bias": w["c_fc.bias"], "down.bias": w["c_proj.bias"]}
+    ours = {}
+    for name, theirs in (("up", "c_fc"), ("down", "c_proj")):
+        ours |= {f"{name}.weight": w[f"{theirs}.weight"].mT, f"{name}.bias": w[f"{theirs}.bias"]}
     return functional_call(_empty(MLP, E, M, "gelu_tanh"), ours, (x,))
 
 def maps(g: torch.Generator, sizes: dict[str, tuple[int, int]], dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
@@ -310,7 +312,7 @@ EMBED = Exercise("L3.embed", embed, token_cases, {
     "one-hot rows times the table": lambda t, w: torch.eye(len(w["wte.weight"])).to(w["wte.weight"])[t] @ w["wte.weight"]
                                                  + w["wpe.weight"][:t.shape[1]],
     "with F.embedding": lambda t, w: F.embedding(t, w["wte.weight"]) + F.embedding(torch.arange(t.shape[1]), w["wpe.weight"]),
-    "text by text": lambda t, w: torch.stack([torch.stack([w["wte.weight"][n] + w["wpe.weight"][i] for i, n in enumerate(r)]) for r in t])})
+    "a loop": lambda t, w: torch.stack([torch.stack([w["wte.weight"][n] + w["wpe.weight"][i] for i, n in enumerate(r)]) for r in t])})
 
 # %% ../../nbs/labs/73_transformer.ipynb #7287a7b0
 def gpt2(tokens: Tensor, w: dict[str, Tensor], heads: int, layers: int) -> Tensor:
