@@ -82,17 +82,29 @@ def _tables(t: symtable.SymbolTable) -> Iterator[symtable.SymbolTable]:
 
 def _of_statement(s: ast.stmt) -> tuple[set[str], set[str]]:
     "Names that a statement reads from outside, and names that it sets."
-    top, *inner = _tables(symtable.symtable(ast.unparse(s), "cell", "exec"))
+    top, *inner = _tables(symtable.symtable(ast.unparse(ast.fix_missing_locations(s)), "cell", "exec"))
     made = {x.get_name() for x in top.get_symbols() if x.is_assigned() or x.is_imported()}
     read = {x.get_name() for x in top.get_symbols() if x.is_referenced()}
     read |= {x.get_name() for t in inner for x in t.get_symbols() if x.is_global()}
-    counters = {n.target.id for n in ast.walk(s) if isinstance(n, ast.AugAssign) and isinstance(n.target, ast.Name)} & made
-    return (read if isinstance(s, ast.Assign) else read - made) | counters, made
+    if isinstance(s, ast.AugAssign) and isinstance(s.target, ast.Name): return read | {s.target.id}, made
+    return read if isinstance(s, ast.Assign) else read - made, made
+
+# %% ../../nbs/labs/70_start.ipynb #ca1aed36
+def _steps(s: ast.stmt) -> Iterator[ast.stmt]:
+    "The simple statements of a loop, a branch or a with, in the order of the text; any other as it is."
+    if isinstance(s, ast.For): first = [ast.Assign([s.target], s.iter)]
+    elif isinstance(s, (ast.If, ast.While)): first = [ast.Expr(s.test)]
+    elif isinstance(s, ast.With):
+        first = [ast.Assign([i.optional_vars], i.context_expr) if i.optional_vars else ast.Expr(i.context_expr) for i in s.items]
+    else:
+        yield s
+        return
+    for step in (*first, *s.body, *getattr(s, "orelse", ())): yield from _steps(step)
 
 def names(source: str) -> dict[str, list[str]]:
     """What a cell needs, which is what it reads before it has set it, and what it defines; Python's own names are left out."""
     needs, defines = set(), set(dir(builtins))
-    for s in ast.parse(source).body:
+    for s in (step for whole in ast.parse(source).body for step in _steps(whole)):
         read, made = _of_statement(s)
         needs |= read - defines
         defines |= made
