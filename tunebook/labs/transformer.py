@@ -28,8 +28,8 @@ from ..kit.exercises import Case, Exercise
 # %% ../../nbs/labs/73_transformer.ipynb #8e6ae402
 @lru_cache(maxsize=256)
 def _empty(kind: Callable[..., nn.Module], *args: Any) -> nn.Module:
-    "A module on no device: it has shapes only."
-    with torch.device("meta"): return kind(*args)
+    "A module whose own numbers are never used; making it moves no generator."
+    with torch.random.fork_rng(devices=[]): return kind(*args)
 
 def drawn(g: torch.Generator, *sizes: int, dtype: torch.dtype = torch.float32, size: float = 1.0) -> Tensor:
     """Normal numbers times `size`."""
