@@ -345,6 +345,15 @@ MUTANTS = {  # name: (chapter, right, wrong)
                                 'case(0.5, 9.0, 9.0, 0.25, 2.0, "a clock that was set back")'),
     "never two at once": ("labs/81_serve", "([1.0, 1.0, 1.0], [2.0, 1.0, 3.0])", "([1.0, 1.5, 2.0], [2.0, 1.0, 3.0])"),
     "nobody comes when the wait ends": ("labs/81_serve", "([0.0, 1.0, 1.25], 4, 1.0,", "([0.0, 0.5, 1.25], 4, 1.0,"),
+    "no pair with NaN": ("labs/70_start", "torch.tensor([1.0, torch.nan])", "torch.tensor([1.0, 2.0])"),
+    "the global generator is not asked": ("labs/70_start", "((7, 1, 1), (7, 3, 2), (0, 4, 3), (seed + 11, 5, 1), (2**40 + seed, 2, 2))",
+                                          "((7, 1, 0), (7, 3, 0), (0, 4, 0), (seed + 11, 5, 0), (2**40 + seed, 2, 0))"),
+    "a counter needs nothing": ("labs/70_start", "return read | {s.target.id}, made", "return read, made"),
+    "no tiny numbers": ("labs/73_transformer", '("tiny numbers", x * 1e-3, 1e-5)', '("tiny numbers", x, 1e-5)'),
+    "no square matrix": ("labs/73_transformer", "((1, 5, 4), 4, torch.float32)", "((1, 5, 4), 6, torch.float32)"),
+    "two norms that agree": ("labs/73_transformer",
+                             '1 + drawn(g, E, dtype=dtype, size=0.3), f"{name}.bias": drawn(g, E, dtype=dtype, size=0.5)}',
+                             'torch.ones(E, dtype=dtype), f"{name}.bias": torch.zeros(E, dtype=dtype)}'),
 }
 UNTOUCHED = ("entropy/21_xent", "def log_softmax(", "def log_softmax(")
 
