@@ -309,6 +309,12 @@ MUTANTS = {  # name: (chapter, right, wrong)
     "labels that all count": ("labs/72_xent", "first[0], zero[-1] = -100, 0", "zero[-1] = 0"),
     "no logit on the wrong side": ("labs/72_xent", "[17.0, -20.0, 120.0, -130.0, 300.0, -300.0]",
                                    "[-17.0, 20.0, -120.0, 130.0, 300.0, -300.0]"),
+    "adapters of rank one only": ("labs/74_lora", "(3, 5, 2), (4, 4, 3), (6, 2, 4)", "(3, 5, 1), (4, 4, 1), (6, 2, 1)"),
+    "an update is never zero": ("labs/74_lora", '(3, 6, 1, 0.0, "B is zero")', '(3, 6, 1, 0.1, "B is zero")'),
+    "names that do not mislead": ("labs/74_lora", '"attention.prequery": (3, width), ', ""),
+    "a test split that agrees with validation": ("labs/75_compare", "700 + 10 * k", "round(1000 * accuracy - 100 * loss)"),
+    "only farther sums count": ("labs/75_compare", "sum(x >= abs(sum(d)) for x in sums)", "sum(x > abs(sum(d)) for x in sums)"),
+    "p-values that need no correction": ("labs/75_compare", "(0.04, 0.045, 0.3, 0.6)", "(0.004, 0.0045, 0.3, 0.6)"),
 }
 UNTOUCHED = ("entropy/21_xent", "def log_softmax(", "def log_softmax(")
 
