@@ -354,6 +354,12 @@ MUTANTS = {  # name: (chapter, right, wrong)
     "two norms that agree": ("labs/73_transformer",
                              '1 + drawn(g, E, dtype=dtype, size=0.3), f"{name}.bias": drawn(g, E, dtype=dtype, size=0.5)}',
                              'torch.ones(E, dtype=dtype), f"{name}.bias": torch.zeros(E, dtype=dtype)}'),
+    "adapters of rank one only": ("labs/74_lora", "(3, 5, 2), (4, 4, 3), (6, 2, 4)", "(3, 5, 1), (4, 4, 1), (6, 2, 1)"),
+    "an update is never zero": ("labs/74_lora", '(3, 6, 1, 0.0, "B is zero")', '(3, 6, 1, 0.1, "B is zero")'),
+    "names that do not mislead": ("labs/74_lora", '"attention.prequery": (3, width), ', ""),
+    "a test split that agrees with validation": ("labs/75_compare", "700 + 10 * k", "round(1000 * accuracy - 100 * loss)"),
+    "only farther sums count": ("labs/75_compare", "sum(x >= abs(sum(d)) for x in sums)", "sum(x > abs(sum(d)) for x in sums)"),
+    "p-values that need no correction": ("labs/75_compare", "(0.04, 0.045, 0.3, 0.6)", "(0.004, 0.0045, 0.3, 0.6)"),
 }
 UNTOUCHED = ("entropy/21_xent", "def log_softmax(", "def log_softmax(")
 
