@@ -26,6 +26,7 @@ from tunebook.kit.editions import BEGIN, END
 
 TOKEN, WAIT = "9f2c", 60  # seconds that nothing should ever need
 SOLUTION = "return torch.arange(S) <= torch.arange(S - T, S)[:, None]"
+PICTURE, SIZE = "nbs/figures/labs-L1.png", (1080, 1440)
 WORKS = ".jp-NotebookPanel:not(.lm-mod-hidden)"
 MOVING = """from tunebook.attention.lens import viewer
 from tunebook.labs.widgets import bars, slide
@@ -179,14 +180,21 @@ def test_what_moves_is_moved_by_keyboard(page):
     until(page, shown, ["layer 1, head 1"])
 
 
+def test_the_picture_in_readme_is_there():
+    alt, path = re.search(r"!\[([^\]]+)\]\((nbs/figures/labs-[^)]+)\)", (ROOT / "README.md").read_text()).groups()
+    size = (ROOT / path).stat().st_size
+    assert path == PICTURE and 10_000 < size < 200_000 and len(alt.split()) > 20
+    assert Image.open(ROOT / path).size == SIZE
+
+
 def picture(path):
     """README's picture: the first lab solved, as a student would have it, its slider moved."""
     with tempfile.TemporaryDirectory() as tmp:
         course = checkout(Path(tmp))
         nb = json.loads((course / "tutorial" / "solutions" / "L1_attention.ipynb").read_text())
-        for c in nb["cells"]: c["source"] = [line for line in c["source"] if line.strip() not in (BEGIN, END)]
+        for c in nb["cells"]: c["source"] = "".join(line for line in c["source"] if line.strip() not in (BEGIN, END)).rstrip()
         (course / "tutorial" / "L1_attention.ipynb").write_text(json.dumps(nb))
-        with jupyterlab(course, Path(tmp)) as address, chromium(address, 1120, 1320) as page:
+        with jupyterlab(course, Path(tmp)) as address, chromium(address, *SIZE) as page:
             page.locator(".jp-MarkdownViewer a", has_text="Attention and masks").click()
             lab = run_all(page)
             until(page, f"document.querySelectorAll('{WORKS} pre.tunebook-passed').length", 6)
@@ -200,4 +208,4 @@ def picture(path):
 
 
 if __name__ == "__main__":
-    picture(ROOT / "nbs" / "figures" / "labs-L1.png")
+    picture(ROOT / PICTURE)

@@ -309,6 +309,9 @@ MUTANTS = {  # name: (chapter, right, wrong)
     "labels that all count": ("labs/72_xent", "first[0], zero[-1] = -100, 0", "zero[-1] = 0"),
     "no logit on the wrong side": ("labs/72_xent", "[17.0, -20.0, 120.0, -130.0, 300.0, -300.0]",
                                    "[-17.0, 20.0, -120.0, 130.0, 300.0, -300.0]"),
+    "a row without its last value": ("labs/83_widgets", "values[round(i * last / (count - 1))]", "values[i]"),
+    "a slider while a runner records": ("labs/83_widgets", ' and "TUNEBOOK_CLAIMS" not in os.environ', ""),
+    "one part too many": ("labs/83_widgets", "(u[:, :rank] * s[:rank]) @ v[:rank]", "(u[:, :rank + 1] * s[:rank + 1]) @ v[:rank + 1]"),
 }
 UNTOUCHED = ("entropy/21_xent", "def log_softmax(", "def log_softmax(")
 

@@ -94,8 +94,8 @@ def low_rank(
     rank: int,  # R
 ) -> str:
     """The nearest product of that rank as a heat map, in the matrix's own colours; says what is missing."""
-    near, top = nearest(matrix, rank), float(matrix.abs().max())
-    left = float((matrix - near).norm() / matrix.norm())
+    near, top = nearest(matrix, rank), float(matrix.abs().max()) or 1.0  # of zeros, too: LoRA starts there
+    left = float((matrix - near).norm() / (matrix.norm() or 1.0))
     heat(ax, near, numbers=False, cmap="RdBu_r", vmin=-top, vmax=top, rows=[], cols=[])
     ax.set(xlabel=f"{100 * left:.0f} % of its norm missing", ylabel="row")
     return f"{100 * left:.0f} percent of the matrix's norm is missing"
