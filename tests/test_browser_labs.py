@@ -200,7 +200,7 @@ def picture(path):
             until(page, f"document.querySelectorAll('{WORKS} pre.tunebook-passed').length", 6)
             page.keyboard.press("Control+b")
             lab.locator("[role=slider]").focus()
-            for _ in range(2): page.keyboard.press("ArrowRight")
+            page.keyboard.press("ArrowRight")
             lab.locator("img[alt^='mask causal: ']").wait_for()
             lab.locator(".jp-CodeCell", has_text="def padding_mask").evaluate("e => e.scrollIntoView()")
             image = Image.open(io.BytesIO(page.screenshot()))
