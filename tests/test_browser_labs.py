@@ -52,9 +52,9 @@ def checkout(folder):
 def as_a_student_has_it(own):
     """JupyterLab's folders in `own`, without what only developers and instructors install."""
     (own / "config" / "labconfig").mkdir(parents=True)
-    off = {f"nbgrader.server_extensions.{name}": False for name in EXTRA} | {"jupyterlab_jupytext": False}
+    off = {f"nbgrader.server_extensions.{name}": False for name in EXTRA} | {"jupyterlab_jupytext": False, "notebook": False}
     (own / "config" / "jupyter_server_config.json").write_text(json.dumps({"ServerApp": {"jpserver_extensions": off}}))
-    shut = {"disabledExtensions": {"@jupyter/nbgrader": True, "jupyterlab-jupytext": True}}
+    shut = {"disabledExtensions": {name: True for name in ("@jupyter/nbgrader", "@jupyter-notebook/lab-extension", "jupyterlab-jupytext")}}
     (own / "config" / "labconfig" / "page_config.json").write_text(json.dumps(shut))
     env = {**os.environ, "PYTHONPATH": str(ROOT), **{f"JUPYTER_{k}_DIR": str(own / k.lower()) for k in ("CONFIG", "DATA", "RUNTIME")}}
     return {k: v for k, v in env.items() if k not in ("TUNEBOOK_CLAIMS", "TUNEBOOK_PROGRESS", "TUNEBOOK_WIDGETS", "JPY_SESSION_NAME")}
@@ -119,7 +119,7 @@ def page(course, tmp_path_factory):
 
 def run_all(page):
     """Once the kernel is there, from the menu."""
-    page.locator(WORKS).locator(".jp-CodeCell").first.wait_for()
+    page.locator(WORKS).locator("[data-jp-item-name=kernelName]", has_text="Python 3").wait_for()
     page.locator(".jp-StatusBar-Item", has_text="| Idle").wait_for()
     page.click(".lm-MenuBar-itemLabel:text-is('Run')")
     page.click(".lm-Menu-item[data-command='runmenu:run-all']")
