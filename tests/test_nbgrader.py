@@ -1,4 +1,4 @@
-"""A course that works with nbgrader takes the labs as they are: its schema holds, and what it hands out is our student edition."""
+"""A course that works with nbgrader takes the labs as they are: its schema holds, and it hands out our student edition."""
 
 import logging
 import shutil
@@ -42,14 +42,17 @@ def test_the_schema_can_be_broken(key, words):
 
 @pytest.fixture(scope="module")
 def released(nbgrader, tmp_path_factory):
-    """What `nbgrader generate_assignment` makes of all sources, without a kernel: {name: notebook}."""
+    """What `nbgrader generate_assignment` makes of all sources with our settings, without a kernel: {name: notebook}."""
     from nbgrader.apps import NbGraderAPI
     from nbgrader.coursedir import CourseDirectory
-    from traitlets.config import Config
+    from traitlets.config import PyFileConfigLoader
     folder = tmp_path_factory.mktemp("nbgrader")
     (folder / "source" / "labs").mkdir(parents=True)
     for path in SOURCES: shutil.copy(path, folder / "source" / "labs")
-    config = Config()
+    first = read(SOURCES[0])
+    first.cells.insert(1, nbformat.v4.new_markdown_cell("the trap is in row two", metadata={"tags": ["instructor"]}))
+    nbformat.write(first, folder / "source" / "labs" / SOURCES[0].name)
+    config = PyFileConfigLoader("nbgrader_config.py", str(ROOT / "tutorial" / "solutions")).load_config()
     config.CourseDirectory.root = str(folder)
     api = NbGraderAPI(CourseDirectory(config=config), config=config)
     api.log_level = logging.ERROR
