@@ -16,8 +16,8 @@ test: .venv/dev  ## run all tests, on two cores
 	@bad=0; $(BIN)/python -m pytest $(PAIRED) || bad=1; \
 	$(BIN)/python -m pytest -n 2 --dist loadfile $(PAIRED:%=--ignore=%) || bad=1; exit $$bad
 
-lab: .venv/labs  ## open JupyterLab: chapters in nbs, labs in tutorial
-	@$(BIN)/jupyter lab
+lab: .venv/labs  ## open JupyterLab at the labs' index; the chapters are in nbs
+	@$(BIN)/jupyter lab --LabApp.app_settings_dir=tutorial/.lab --LabApp.default_url=/lab/tree/tutorial/README.md
 
 docs: .venv/labs  ## render the chapters as they stand into _docs/index.html
 	@$(BIN)/tunebook docs

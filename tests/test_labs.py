@@ -1,7 +1,10 @@
 """A lab's editions are those of its source; the solved one passes, the one that is handed out runs to its end and says what is open."""
 
 import json
+import os
 import re
+import subprocess
+import sys
 
 import pytest
 from conftest import ROOT
@@ -72,6 +75,31 @@ def test_the_lab_that_is_handed_out_runs_to_its_end_and_fails(lab, tmp_path, off
     result = run_notebook(Spec(str(ROOT / "tutorial" / lab.name), lab.stem, str(tmp_path), env=offline_env, kernels="fork"))
     assert result["status"] == "failed" and result["failure"]["kind"] == "claim failed", result["failure"]
     assert [(c["name"], c["value"], c["ok"]) for c in result["claims"]] == [(n, "not yet", False) for n in tasks(read(lab))]
+
+
+def told(*words, cwd):
+    """What a command says, in a shell without a server's words about a notebook."""
+    env = {k: v for k, v in os.environ.items() if not k.startswith(("JPY_", "TUNEBOOK_W"))} | {"PYTHONPATH": str(ROOT)}
+    return subprocess.run([sys.executable, *words], cwd=cwd, env=env, capture_output=True, text=True)
+
+
+def test_the_command_names_what_is_open_and_says_so_in_its_status(tmp_path):
+    path = ROOT / "tutorial" / "L2_cross_entropy.ipynb"
+    main = "import sys; from tunebook.kit.cli import main; sys.exit(main())"
+    run = told("-c", main, "run", str(path), "--out", str(tmp_path), "--no-cache", cwd=tmp_path)
+    assert run.returncode == 1, run.stderr
+    assert re.findall(r"(L2\.\w+) \(exact\): not yet", run.stdout) == tasks(read(path))
+
+
+def test_plain_papermill_runs_it_to_its_end_and_moves_nothing(tmp_path):
+    nb = read(ROOT / "tutorial" / "L2_cross_entropy.ipynb")
+    last = {"cell_type": "code", "id": "last", "metadata": {}, "outputs": [], "execution_count": None}
+    nb["cells"].append(last | {"source": "from tunebook.labs.widgets import live\nlive()"})
+    (tmp_path / "in.ipynb").write_text(json.dumps(nb))
+    run = told("-m", "papermill", "in.ipynb", "out.ipynb", cwd=tmp_path)
+    assert run.returncode == 0, run.stderr
+    done = outputs(read(tmp_path / "out.ipynb"))
+    assert done[-1] == [["False"]] and sum("not yet" in "".join(o) for cell in done for o in cell) == len(tasks(nb))
 
 
 @pytest.mark.parametrize("source", ["x = 1", f"def f():\n    {BEGIN}\n    return 1\n    {END}", f"{BEGIN}\na\n{END}\nb\n{BEGIN}\nc\n{END}"])

@@ -360,6 +360,9 @@ MUTANTS = {  # name: (chapter, right, wrong)
     "a test split that agrees with validation": ("labs/75_compare", "700 + 10 * k", "round(1000 * accuracy - 100 * loss)"),
     "only farther sums count": ("labs/75_compare", "sum(x >= abs(sum(d)) for x in sums)", "sum(x > abs(sum(d)) for x in sums)"),
     "p-values that need no correction": ("labs/75_compare", "(0.04, 0.045, 0.3, 0.6)", "(0.004, 0.0045, 0.3, 0.6)"),
+    "a row without its last value": ("labs/83_widgets", "values[round(i * last / (count - 1))]", "values[i]"),
+    "a slider while a runner records": ("labs/83_widgets", ' and "TUNEBOOK_CLAIMS" not in os.environ', ""),
+    "one part too many": ("labs/83_widgets", "(u[:, :rank] * s[:rank]) @ v[:rank]", "(u[:, :rank + 1] * s[:rank + 1]) @ v[:rank + 1]"),
 }
 UNTOUCHED = ("entropy/21_xent", "def log_softmax(", "def log_softmax(")
 
