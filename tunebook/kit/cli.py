@@ -419,6 +419,19 @@ ELSEWHERE["labs"] = Elsewhere(
         "what": {"choices": ("matrix", "progress", "build"), "help": "the kill matrix, the tasks solved in this folder, or the editions"},
         "labs": {"nargs": "*", "metavar": "LAB", "help": "such as L1 (default: all)"}})
 
+# %% ../../nbs/kit/08_cli.ipynb #6a7d3c10
+ELSEWHERE["grade"] = Elsewhere(
+    "tunebook.kit.grading:cmd_grade", "Grade a folder of submissions: each runs in a sandbox, another process compares the values it gives.",
+    "tunebook grade submissions --lab L1 --out grades.csv", {
+        "submissions": {"metavar": "SUBMISSIONS", "help": "a folder with a notebook or a folder for each student"},
+        "--lab": {"required": True, "metavar": "LAB", "help": "such as L1"},
+        "--out": {"default": "grades.csv", "metavar": "FILE.csv", "help": "the table; beside it FILE.json, and pages in FILE/ (default: %(default)s)"},
+        "--source": {"metavar": "FILE", "help": "the lab's solved notebook (default: in the checkout's tutorial/solutions)"},
+        "--seed": {"default": "", "metavar": "WORD", "help": "a word of yours that the cases are drawn from, so that nobody else can draw them"},
+        "--workers": {"type": int, "default": os.cpu_count() or 1, "metavar": "N", "help": "processes (default: %(default)s)"},
+        "--cpu": {"type": int, "default": 40, "metavar": "S", "help": "seconds of CPU that a submission may take (default: %(default)s)"},
+        "--memory": {"type": int, "default": 2048, "metavar": "MB", "help": "memory that a submission may take (default: %(default)s)"}})
+
 # %% ../../nbs/kit/08_cli.ipynb #63567925
 def _parser() -> argparse.ArgumentParser:
     "The command line, with examples in each help text."
