@@ -421,13 +421,13 @@ ELSEWHERE["labs"] = Elsewhere(
 
 # %% ../../nbs/kit/08_cli.ipynb #6a7d3c10
 ELSEWHERE["grade"] = Elsewhere(
-    "tunebook.kit.grading:cmd_grade", "Grade a folder of submissions: each runs in a sandbox, another process compares the values it gives.",
+    "tunebook.kit.grading:cmd_grade", "Grade submissions: each runs in a sandbox and gives values, which are compared elsewhere.",
     "tunebook grade submissions --lab L1 --out grades.csv", {
         "submissions": {"metavar": "SUBMISSIONS", "help": "a folder with a notebook or a folder for each student"},
         "--lab": {"required": True, "metavar": "LAB", "help": "such as L1"},
-        "--out": {"default": "grades.csv", "metavar": "FILE.csv", "help": "the table; beside it FILE.json, and pages in FILE/ (default: %(default)s)"},
-        "--source": {"metavar": "FILE", "help": "the lab's solved notebook (default: in the checkout's tutorial/solutions)"},
-        "--seed": {"default": "", "metavar": "WORD", "help": "a word of yours that the cases are drawn from, so that nobody else can draw them"},
+        "--out": {"default": "grades.csv", "metavar": "CSV", "help": "the table, with FILE.json and pages in FILE/ (default: %(default)s)"},
+        "--source": {"metavar": "FILE", "help": "the solved lab (default: in the checkout's tutorial/solutions)"},
+        "--seed": {"default": "", "metavar": "WORD", "help": "your word, from which the cases are drawn, so that only you can draw them"},
         "--workers": {"type": int, "default": os.cpu_count() or 1, "metavar": "N", "help": "processes (default: %(default)s)"},
         "--cpu": {"type": int, "default": 40, "metavar": "S", "help": "seconds of CPU that a submission may take (default: %(default)s)"},
         "--memory": {"type": int, "default": 2048, "metavar": "MB", "help": "memory that a submission may take (default: %(default)s)"}})

@@ -179,11 +179,18 @@ def nobody() -> int:
     """A user number that nobody has; 0 where this process may not become another user."""
     if os.geteuid() != 0: return 0
     import pwd
-    taken = {p.pw_uid for p in pwd.getpwall()} | {p.stat().st_uid for p in Path("/proc").glob("[0-9]*")} | _GIVEN
+    taken = {p.pw_uid for p in pwd.getpwall()} | {user for user, _ in _processes()} | _GIVEN
     _GIVEN.add(free := next(n for n in range(61184 + os.getpid() % 4000, 65520) if n not in taken))
     return free
 
 _GIVEN: set[int] = set()
+
+def _processes() -> Iterator[tuple[int, int]]:
+    "User and number of threads of each process."
+    for p in Path("/proc").glob("[0-9]*/status"):
+        with suppress(OSError):
+            text = p.read_text()
+            yield tuple(int(re.search(rf"^{what}:\s+(\d+)", text, re.MULTILINE)[1]) for what in ("Uid", "Threads"))
 
 # %% ../../nbs/kit/19b_sandbox.ipynb #94cf69a3
 def _child(asked: int, answers: int, how: dict[str, Any]) -> None:
@@ -446,12 +453,13 @@ class Sandbox:
         """Start in the best sandbox that works here; raises OSError when none does."""
         self.stop()
         self.base, user = tempfile.mkdtemp(prefix="tunebook-sandbox-"), nobody()
+        threads = sum(n for who, n in _processes() if who == os.geteuid())
         own = {"limits": asdict(self.limits), "modules": self.modules, "base": self.base}
         for rung, before, how in ladder(self.limits, self.base, user):
             if self.wanted not in ("", rung): continue
             self.rung = rung
             if user: os.chown(self.base, how["user"], how["user"])
-            self.parent = Parent(before, {**how, **own, "processes": _busy(how["user"])})
+            self.parent = Parent(before, {**how, **own, "processes": 0 if how["user"] else threads})
             if self.parent.hear(60).get("ready") and self._ask(_TRIAL)[0].data.splitlines() == _TRIED: return
             self.parent.end()
         self.stop()
@@ -484,9 +492,4 @@ class Sandbox:
 _TRIAL = {"cells": ["import colorsys", "open('x', 'w').close()"], "tasks": [["trial", "abs", [[-1]]]]}  # one that must succeed
 _TRIED = [b'{"stops": []}', b'{"task": "trial", "case": 0, "value": 1}', b'{"done": true}']
 
-def _busy(user: int) -> int:
-    "Threads that this user already has."
-    counts = [0]
-    for p in Path("/proc").glob("[0-9]*"):
-        with suppress(OSError): counts += [len(os.listdir(p / "task"))] * (p.stat().st_uid == (user or os.geteuid()))
-    return sum(counts)
+
