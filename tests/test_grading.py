@@ -108,7 +108,8 @@ CHEATS = {
 def read_first(*paths):
     """A cell that reads the first of these that can be read, and has no answer if none can."""
     return (f"import os\nfor p in {[str(p) for p in paths]!r}:\n"
-            "    try: found = os.listdir(p) if os.path.isdir(p) else open(p, 'rb').read()\n    except OSError: continue\n    if found: break\n"
+            "    try: found = os.listdir(p) if os.path.isdir(p) else open(p, 'rb').read()\n"
+            "    except OSError: continue\n    if found: break\n"
             "else: raise LookupError('nothing to read')\ndef softmax(x): return x.softmax(-1)")
 
 
@@ -321,13 +322,17 @@ def test_what_a_sandbox_shows(rung):
     assert asked(rung, f"import os\ndef f(x): return os.listdir({str(ROOT / 'tunebook' / 'labs')!r})") == []
     assert "reviews" in asked(rung, f"import os\ndef f(x): return os.listdir({str(ROOT / 'data')!r})")
     assert asked(rung, "import os\ndef f(x): return [p for p in os.listdir('/proc') if p.isdigit() and int(p) > 40]") == []
-    assert not {"TUNEBOOK_DATA", "TUNEBOOK_STRICT", "PYTEST_CURRENT_TEST"} & set(asked(rung, "import os\ndef f(x): return list(os.environ)"))
+    names = asked(rung, "import os\ndef f(x): return list(os.environ)")
+    assert not {"TUNEBOOK_DATA", "TUNEBOOK_STRICT", "PYTEST_CURRENT_TEST"} & set(names)
     if os.geteuid() == 0: assert asked(rung, "import os\ndef f(x): return [os.getuid() > 61183, os.getgroups()]") == [True, []]
     status = asked(rung, "def f(x): return open('/proc/self/status').read()")
     assert re.findall(r"(?:CapEff|CapPrm|NoNewPrivs):\s+(\w+)", status) == ["0" * 16, "0" * 16, "1"]
 
 
-@pytest.mark.parametrize("where", ["/", "/usr", "/tmp", "/root", "/dev", "/dev/shm", *(str(ROOT / n) for n in ("", "tunebook", "tunebook/labs"))])
+CLOSED = ["/", "/usr", "/tmp", "/root", "/dev", "/dev/shm", *(str(ROOT / n) for n in ("", "tunebook", "tunebook/labs"))]
+
+
+@pytest.mark.parametrize("where", CLOSED)
 def test_nothing_can_be_written_but_the_scratch_folder(rung, where):
     words = asked(rung, f"open({where!r} + '/new', 'w')")
     assert re.match("(PermissionError|FileNotFoundError|OSError: .Errno 30)", words), words
@@ -462,6 +467,23 @@ def test_a_formula_and_a_cursor_in_a_name(tmp_path):
     r = {"student": "=1+1\x1b[2J", "status": "graded", "total": 1, "of": 2, "tasks": [], "stops": [], "note": "@x\ny"}
     assert grading.table([r], []).splitlines()[1] == "'=1+1\x1b[2J,1,2,graded,'@x y"
     assert grading._line(r).startswith("=1+1?[2J: 1 of 2")
+
+
+def test_the_same_submissions_under_nbgrader(tmp_path):
+    import compare_graders
+    chosen = {"right": "right", "wrong": "wrong", "yes": "an object that agrees with everything"}
+    cells = {name: compare_graders.SUBMISSIONS[what][0] for name, what in chosen.items()}
+    (tmp_path / "nbgrader").mkdir()
+    assert compare_graders.under_nbgrader(tmp_path / "nbgrader", cells) == {"right": 2, "wrong": 0, "yes": 2}
+    assert {name: points for name, (points, _) in compare_graders.under_ours(tmp_path, cells).items()} == {"right": 2, "wrong": 0, "yes": 0}
+
+
+def test_the_table_of_both_graders_is_that_of_its_script():
+    import compare_graders
+    text = (ROOT / "tutorial" / "README.md").read_text(encoding="utf-8").partition("<!-- graders -->")[2].partition("<!-- /graders -->")[0]
+    rows = [[c.strip() for c in line.split("|")[1:-1]] for line in text.strip().splitlines()[2:]]
+    assert [r[0] for r in rows] == list(compare_graders.SUBMISSIONS)
+    assert [r[2] for r in rows] == ["2"] + ["0"] * (len(rows) - 1)
 
 
 def test_the_front_loads_no_torch():

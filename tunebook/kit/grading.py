@@ -67,6 +67,7 @@ def _notebooks(folder: Path) -> Iterator[Path]:
         folders[:] = sorted(f for f in folders if not f.startswith("."))
         yield from (Path(at) / f for f in sorted(files) if f.endswith(".ipynb") and not f.startswith("."))
 
+# %% ../../nbs/kit/19_grading.ipynb #35f9a649
 def _handed_in(entry: Path, lab: str) -> Submission | None:
     "The submission that a file or a folder stands for; None for what is neither."
     name = entry.name.removesuffix(".ipynb")
@@ -104,6 +105,7 @@ def read_file(
         if len(data := f.read(MOST + 1)) > MOST: raise ValueError(f"it is larger than {MOST >> 20} MB")
     return data
 
+# %% ../../nbs/kit/19_grading.ipynb #4a6e3410
 def cells_of(
     data: bytes,  # of a notebook
 ) -> list[str]:  # sources of its code cells
@@ -248,6 +250,7 @@ def graded(
     return {"student": name, "status": status, "total": sum(r["points"] for r in rows), "of": sum(t.points for t in tasks), "tasks": rows,
             "stops": said["stops"] or [], "note": _note(said, ended, sorted(named(cells) - {*usual}))}
 
+# %% ../../nbs/kit/19_grading.ipynb #7a4a1458
 def named(cells: Sequence[str]) -> set[str]:
     """Modules of the package that cells name: whoever imports a chapter's function has not written it."""
     return {m for c in cells for m in re.findall(r"\btunebook\.(?:attention|entropy|tuning|timing|tasks|labs|pitfalls)\b[.\w]*", c)}
@@ -315,6 +318,7 @@ class Course:
         for p in self.places: p.stop()
         self.comparer.stop()
 
+# %% ../../nbs/kit/19_grading.ipynb #58d2225e
 def _no_grade(s: Submission, why: str) -> dict[str, Any]:
     return {"student": _shown(s.student), "status": "no grade", "total": None, "of": None, "tasks": [], "stops": [], "note": _shown(why)}
 
@@ -375,6 +379,7 @@ def table(
         rows.writerow([plain(r["student"]), *(points.get(t.name, "") for t in tasks), *sums, r["status"], plain(r["note"])])
     return out.getvalue()
 
+# %% ../../nbs/kit/19_grading.ipynb #b11c1adb
 def feedback(
     result: dict[str, Any],
 ) -> str:  # HTML
@@ -433,6 +438,7 @@ def _progress(total: int) -> Iterator[Callable[[dict[str, Any]], None]]:
             console.print(_line(r), soft_wrap=True)
         yield on_done
 
+# %% ../../nbs/kit/19_grading.ipynb #2416d19c
 def _warning(place: Sandbox) -> str:
     "What is missing where there is no sandbox."
     if place.rung != "limits": return ""
