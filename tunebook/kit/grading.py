@@ -22,7 +22,7 @@ import threading
 import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
@@ -100,8 +100,10 @@ def read_file(
     except OSError as e:
         why = "it is a symbolic link, which is not followed" if Path(path).is_symlink() else f"it cannot be read ({e.strerror})"
         raise ValueError(why) from None
+    if not stat.S_ISREG(os.fstat(handle).st_mode):
+        os.close(handle)
+        raise ValueError("it is no file")
     with open(handle, "rb") as f:
-        if not stat.S_ISREG(os.fstat(handle).st_mode): raise ValueError("it is no file")
         if len(data := f.read(MOST + 1)) > MOST: raise ValueError(f"it is larger than {MOST >> 20} MB")
     return data
 
@@ -199,15 +201,16 @@ _START = "from tunebook.kit.grading import comparer; comparer()"
 class Comparer:
     """The comparing process, as the front sees it: started at the first question, and again if it has died."""
     def __init__(self, seconds: float = 120) -> None:
-        self.seconds, self.lock, self.process = seconds, threading.Lock(), None
+        self.seconds, self.lock, self.process = seconds, threading.RLock(), None
 
     def start(self) -> None:
         """Start the process if there is none; returns before it is ready."""
         import tunebook
-        if self.process and self.process.poll() is None: return
         env = {**os.environ, "PYTHONPATH": str(Path(tunebook.__path__[0]).absolute().parent), "OMP_NUM_THREADS": "1"}
-        self.process = subprocess.Popen([sys.executable, "-P", "-c", _START], env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                                        start_new_session=True)
+        with self.lock:
+            if self.process and self.process.poll() is None: return
+            self.process = subprocess.Popen([sys.executable, "-P", "-c", _START], env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                                            start_new_session=True)
 
     def ask(self, question: dict[str, Any]) -> Any:
         """Its answer; raises OSError when it gives none in time."""
@@ -299,22 +302,20 @@ class Course:
     modules: Sequence[str] = ("torch",)  # imported before the first submission
     rung: str = ""  # of the sandbox; "": the best that works
     comparer: Comparer = field(default_factory=Comparer)
-    lanes: threading.local = field(default_factory=threading.local)  # each thread has its own sandbox
     places: list[Sandbox] = field(default_factory=list)
-    stopped: bool = False
+    idle: list[Sandbox] = field(default_factory=list)
+    interrupted: bool = False
 
-    def place(self) -> Sandbox:
-        """This thread's sandbox; the comparer starts beside it."""
-        if not hasattr(self.lanes, "place"):
-            self.comparer.start()
-            self.lanes.place = Sandbox(self.limits, [*self.modules, "tunebook.kit.exercises"], self.rung)
-            self.places.append(self.lanes.place)
-            self.lanes.place.start()
-        return self.lanes.place
+    def take(self) -> Sandbox:
+        """A sandbox that nobody uses; the comparer starts beside the first."""
+        with suppress(IndexError): return self.idle.pop()
+        self.comparer.start()
+        self.places.append(place := Sandbox(self.limits, [*self.modules, "tunebook.kit.exercises"], self.rung))
+        place.start()
+        return place
 
     def stop(self) -> None:
         """End all processes."""
-        self.stopped = True
         for p in self.places: p.stop()
         self.comparer.stop()
 
@@ -329,10 +330,11 @@ def _one(s: Submission, course: Course, about: str) -> dict[str, Any]:
         data = read_file(s.path)
         key, file = _key(data, s.student, about), _file(course.pages, s.student, "json")
         if old := _kept(file, key): return {**old, "kept": True}
-        cells = cells_of(data)
-        result = graded(s.student, cells, course.tasks, course.place(), course.comparer, course.word, course.usual)
+        cells, place = cells_of(data), course.take()
+        try: result = graded(s.student, cells, course.tasks, place, course.comparer, course.word, course.usual)
+        finally: course.idle.append(place)
         result |= {"student": _shown(s.student), "key": key}
-        if course.stopped: raise OSError("interrupted")
+        if course.interrupted: raise OSError("interrupted")
         if result["status"] == "graded": write_atomic(file, json.dumps(result, indent=1))  # a limit may be met on a busy machine only
         return result
     except ValueError as e: return _no_grade(s, str(e))
@@ -344,6 +346,7 @@ def grade(
     course: Course,
     workers: int = 2,
     on_done: Callable[[dict[str, Any]], None] = lambda result: None,
+    keep: bool = False,  # the processes, for another call
 ) -> list[dict[str, Any]]:  # in the order of the submissions
     """Grade in parallel; one submission never stops the rest."""
     about = "\0".join([version(), course.word, *map(repr, (course.tasks, course.limits, course.usual))])
@@ -357,9 +360,11 @@ def grade(
             try: return [t.result() for t in todo]
             except BaseException:
                 for t in todo: t.cancel()
+                course.interrupted = True
                 course.stop()
                 raise
-    finally: course.stop()
+    finally:
+        if not keep or course.interrupted: course.stop()
 
 # %% ../../nbs/kit/19_grading.ipynb #66586f1a
 def table(
