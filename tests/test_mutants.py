@@ -309,6 +309,11 @@ MUTANTS = {  # name: (chapter, right, wrong)
     "labels that all count": ("labs/72_xent", "first[0], zero[-1] = -100, 0", "zero[-1] = 0"),
     "no logit on the wrong side": ("labs/72_xent", "[17.0, -20.0, 120.0, -130.0, 300.0, -300.0]",
                                    "[-17.0, 20.0, -120.0, 130.0, 300.0, -300.0]"),
+    "a name taken for HTML": ("kit/19_grading", 'who, note = escape(result["student"]),', 'who, note = result["student"],'),
+    "what ended early is kept": ("kit/19_grading", 'if result["status"] == "graded": write_atomic(file', 'if result: write_atomic(file'),
+    "one seed for all": ("kit/19_grading", '"\\0".join((course, student, lab))', '"\\0".join((course, lab))'),
+    "bytes not counted": ("kit/19b_sandbox", "if len(data) != math.prod(shape) * dtype.itemsize:", "if not data:"),
+    "a tensor of any size": ("kit/19b_sandbox", "* value.element_size()) > most:", "* value.element_size()) < 0:"),
 }
 UNTOUCHED = ("entropy/21_xent", "def log_softmax(", "def log_softmax(")
 
