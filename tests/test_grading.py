@@ -458,6 +458,7 @@ def test_a_command_that_cannot_be_carried_out_says_why(args, words, tmp_path, ca
 
 def test_without_a_checkout_it_says_what_is_missing(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("tunebook.kit.run.find_root", lambda start=".": None)
     write(tmp_path, "class/ann.ipynb", SOURCE)
     assert main(["grade", "class", "--lab", "L1"]) == 2
     assert "tutorial/solutions" in capsys.readouterr().err

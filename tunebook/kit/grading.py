@@ -406,9 +406,10 @@ def feedback(
 def source_of(
     lab: str,  # "L1"
 ) -> Path:
-    """The solved notebook of a lab, in the checkout; raises ValueError that says what is missing."""
+    """The solved notebook of a lab, in the checkout we stand in or whose package this is; raises ValueError that says what is missing."""
+    import tunebook
     from tunebook.kit.run import find_root
-    if (root := find_root()) is None:
+    if (root := find_root() or find_root(tunebook.__path__[0])) is None:
         raise ValueError("the points stand in the checkout's tutorial/solutions, and no checkout is here: go there, or use --source")
     found = sorted((root / "tutorial" / "solutions").glob(f"{lab}_*.ipynb"))
     names = sorted(p.stem.split("_")[0] for p in (root / "tutorial" / "solutions").glob("L*.ipynb"))
