@@ -260,7 +260,8 @@ def named(cells: Sequence[str]) -> set[str]:
 
 def _note(said: dict[str, Any], ended: Ended, strange: Sequence[str]) -> str:
     "What the instructor should know: how it was ended, the first cell that stops when it runs from top to bottom, what it names."
-    stops = [s for s in said["stops"] or [] if len(s) == 2 and not s[1].startswith("NotImplementedError")]
+    ours = ("NotImplementedError", "ModuleNotFoundError: No module named 'tunebook.labs", "KeyError: \"no exercise is called")
+    stops = [s for s in said["stops"] or [] if len(s) == 2 and not s[1].startswith(ours)]
     told = f"run from top to bottom, {len(stops)} cells stop, first {stops[0][0]}: {stops[0][1]}" if stops else ""
     how = "" if said["done"] else ended.why or "it ended before its last answer"
     return "; ".join(filter(None, (how, told, f"names {', '.join(strange)}" if strange else "")))
