@@ -148,7 +148,7 @@ def test_matrix_tells_a_mutant_that_passes_and_a_right_answer_that_is_refused():
 
 
 def test_check_finds_the_exercise_and_keeps_the_progress(tmp_path, monkeypatch):
-    monkeypatch.setattr(exercises, "known", lambda: {SUMS.name: SUMS})
+    monkeypatch.setattr(exercises, "known", lambda lab="": {SUMS.name: SUMS})
     monkeypatch.setenv("TUNEBOOK_PROGRESS", str(tmp_path / "kept.json"))
     monkeypatch.delenv("TUNEBOOK_CLAIMS", raising=False)
     assert check("toy.sums", lambda x: x.mean(-1)).like == "a mean" and progress() == {"toy.sums": "wrong"}
@@ -159,7 +159,7 @@ def test_check_finds_the_exercise_and_keeps_the_progress(tmp_path, monkeypatch):
 
 
 def test_under_the_runner_a_check_is_a_claim(tmp_path, monkeypatch):
-    monkeypatch.setattr(exercises, "known", lambda: {SUMS.name: SUMS})
+    monkeypatch.setattr(exercises, "known", lambda lab="": {SUMS.name: SUMS})
     monkeypatch.setenv("TUNEBOOK_CLAIMS", str(tmp_path / "claims.jsonl"))
     check("toy.sums", lambda x: ...)
     told = [json.loads(line) for line in (tmp_path / "claims.jsonl").read_text().splitlines()]
@@ -173,14 +173,14 @@ def test_html_shows_text_as_text():
 
 def test_the_command(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("TUNEBOOK_PROGRESS", str(tmp_path / "kept.json"))
-    monkeypatch.setattr(exercises, "known", lambda: {SUMS.name: SUMS})
+    monkeypatch.setattr(exercises, "known", lambda lab="": {SUMS.name: SUMS})
     assert main(["labs", "matrix"]) == 0 and "mutants refused 2 of 2" in capsys.readouterr().out
     assert main(["labs", "progress", "toy"]) == 1 and "toy.sums: not yet" in capsys.readouterr().out
     check("toy.sums", answer)
     assert main(["labs", "progress"]) == 0 and "toy.sums: passed" in capsys.readouterr().out
     assert main(["labs", "matrix", "L0"]) == 2 and "no lab is called L0; there are: toy" in capsys.readouterr().err
     careless = Exercise("toy.ones", answer, lambda seed: [Case((torch.ones(2, 2),))], SUMS.mutants, {})
-    monkeypatch.setattr(exercises, "known", lambda: {careless.name: careless})
+    monkeypatch.setattr(exercises, "known", lambda lab="": {careless.name: careless})
     assert main(["labs", "matrix"]) == 1 and "passes: the other axis" in capsys.readouterr().out
 
 

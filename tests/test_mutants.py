@@ -363,6 +363,11 @@ MUTANTS = {  # name: (chapter, right, wrong)
     "a row without its last value": ("labs/83_widgets", "values[round(i * last / (count - 1))]", "values[i]"),
     "a slider while a runner records": ("labs/83_widgets", ' and "TUNEBOOK_CLAIMS" not in os.environ', ""),
     "one part too many": ("labs/83_widgets", "(u[:, :rank] * s[:rank]) @ v[:rank]", "(u[:, :rank + 1] * s[:rank + 1]) @ v[:rank + 1]"),
+    "a name taken for HTML": ("kit/19_grading", 'who, note = escape(result["student"]),', 'who, note = result["student"],'),
+    "what ended early is kept": ("kit/19_grading", 'if result["status"] == "graded": write_atomic(file', 'if result: write_atomic(file'),
+    "one seed for all": ("kit/19_grading", '"\\0".join((course, student, lab))', '"\\0".join((course, lab))'),
+    "bytes not counted": ("kit/19b_sandbox", "if len(data) != math.prod(shape) * dtype.itemsize:", "if not data:"),
+    "a tensor of any size": ("kit/19b_sandbox", "* value.element_size()) > most:", "* value.element_size()) < 0:"),
 }
 UNTOUCHED = ("entropy/21_xent", "def log_softmax(", "def log_softmax(")
 

@@ -430,6 +430,19 @@ ELSEWHERE["labs"] = Elsewhere(
         "what": {"choices": ("matrix", "progress", "build"), "help": "the kill matrix, the tasks solved in this folder, or the editions"},
         "labs": {"nargs": "*", "metavar": "LAB", "help": "such as L1 (default: all)"}})
 
+# %% ../../nbs/kit/08_cli.ipynb #6a7d3c10
+ELSEWHERE["grade"] = Elsewhere(
+    "tunebook.kit.grading:cmd_grade", "Grade submissions: each runs in a sandbox and gives values, which are compared elsewhere.",
+    "tunebook grade submissions --lab L1 --out grades.csv", {
+        "submissions": {"metavar": "SUBMISSIONS", "help": "a folder with a notebook or a folder for each student"},
+        "--lab": {"required": True, "metavar": "LAB", "help": "such as L1"},
+        "--out": {"default": "grades.csv", "metavar": "CSV", "help": "the table, with FILE.json and pages in FILE/ (default: %(default)s)"},
+        "--source": {"metavar": "FILE", "help": "the solved lab (default: in the checkout's tutorial/solutions)"},
+        "--seed": {"default": "", "metavar": "WORD", "help": "your word, from which the cases are drawn, so that only you can draw them"},
+        "--workers": {"type": int, "default": os.cpu_count() or 1, "metavar": "N", "help": "processes (default: %(default)s)"},
+        "--cpu": {"type": int, "default": 40, "metavar": "S", "help": "seconds of CPU that a submission may take (default: %(default)s)"},
+        "--memory": {"type": int, "default": 2048, "metavar": "MB", "help": "memory that a submission may take (default: %(default)s)"}})
+
 # %% ../../nbs/kit/08_cli.ipynb #63567925
 def _parser() -> argparse.ArgumentParser:
     "The command line, with examples in each help text."
@@ -483,7 +496,11 @@ def main(
     try: return args.function(args)
     except Problem as e: return _complain(str(e))
     except ModuleNotFoundError as e: return _complain(f"{e.name} is not installed: pip install 'tunebook[labs]'")
-    except OSError as e: return _complain(f"cannot write {e.filename or args.out} ({e.strerror}): choose another folder with --out")
+    except BrokenPipeError:  # whoever read this has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
+    except OSError as e:
+        return _complain(f"cannot write {e.filename or getattr(args, 'out', '')} ({e.strerror}): choose another folder with --out")
     except KeyboardInterrupt:
         _complain("interrupted" + ("; the same command goes on from the results it kept" if hasattr(args, "notebooks") else ""))
         return 128 + ended_by
