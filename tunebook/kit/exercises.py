@@ -271,6 +271,8 @@ def lab_of(name: str) -> str:
     """The lab of an exercise's name."""
     return name.split(".")[0]
 
+def _labs() -> list[str]: return list(dict.fromkeys(map(lab_of, known())))
+
 def find(name: str) -> Exercise:
     """The exercise of that name; raises KeyError that lists the names of its lab."""
     if name in (its := known(lab_of(name))): return its[name]
@@ -344,5 +346,3 @@ def _build() -> int:
     except ValueError as e: raise Problem(str(e)) from e
     print(*(f"wrote {name}" for name in written) if written else ["every edition is that of its source"], sep="\n")
     return 0
-
-def _labs() -> list[str]: return list(dict.fromkeys(map(lab_of, known())))
