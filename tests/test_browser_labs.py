@@ -29,7 +29,7 @@ SOLUTION = "return torch.arange(S) <= torch.arange(S - T, S)[:, None]"
 PICTURE, SIZE = "nbs/figures/labs-L1.png", (1080, 1440)
 WORKS = ".jp-NotebookPanel:not(.lm-mod-hidden)"
 MOVING = """from tunebook.attention.lens import viewer
-from tunebook.labs.widgets import bars, slide
+from tunebook.kit.widgets import bars, slide
 slide(lambda ax, t: bars(ax, torch.tensor([2 / t, 1.0, 0.0]).softmax(-1), "abc"), "Three choices", temperature=[0.5, 1, 2])
 viewer("abcde", torch.rand(2, 1, 3, 5, 5).softmax(-1))"""
 EXTRA = ("formgrader", "validate_assignment", "assignment_list", "course_list")

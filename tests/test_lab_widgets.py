@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tunebook.labs.widgets import bars, few, low_rank, nearest, picture, slide, slider
+from tunebook.kit.widgets import bars, few, low_rank, nearest, picture, slide, slider
 
 VALUES = [0.5, 1, 2, 4, 8]
 

@@ -94,7 +94,7 @@ def test_the_command_names_what_is_open_and_says_so_in_its_status(tmp_path):
 def test_plain_papermill_runs_it_to_its_end_and_moves_nothing(tmp_path):
     nb = read(ROOT / "tutorial" / "L2_cross_entropy.ipynb")
     last = {"cell_type": "code", "id": "last", "metadata": {}, "outputs": [], "execution_count": None}
-    nb["cells"].append(last | {"source": "from tunebook.labs.widgets import live\nlive()"})
+    nb["cells"].append(last | {"source": "from tunebook.kit.widgets import live\nlive()"})
     (tmp_path / "in.ipynb").write_text(json.dumps(nb))
     run = told("-m", "papermill", "in.ipynb", "out.ipynb", cwd=tmp_path)
     assert run.returncode == 0, run.stderr
