@@ -12,6 +12,8 @@ from pathlib import Path
 import nbformat
 
 from tunebook.kit.cli import catalogue, read_ledger
+from tunebook.kit.exercises import known, lab_of
+from tunebook.kit.grading import tasks_of
 from tunebook.kit.ledger import interval
 from tunebook.tuning import splits_of
 from tunebook.tuning.compare import BASELINES, Study, learned, percent, summary
@@ -123,8 +125,23 @@ def said_table():
     return "\n".join([f"{head} chapter |", "|---|---|---|---|", *rows])
 
 
+def labs_table():
+    """Each lab with the answers that its checkers are held against; that all are told apart is a claim of the lab's chapter."""
+    rows, every = ["| lab | tasks | points | wrong answers, all refused | right ones, all passed |", "|---|---:|---:|---:|---:|"], known()
+    for lab in dict.fromkeys(map(lab_of, every)):
+        (path,) = (ROOT / "tutorial" / "solutions").glob(f"{lab}_*.ipynb")
+        nb, its = nbformat.read(path, 4), [e for e in every.values() if lab_of(e.name) == lab]
+        title = nb.cells[0].source.splitlines()[0].removeprefix("# ").removeprefix("Lab ")
+        points = f"{sum(t.points for t in tasks_of(nb)):g}"
+        numbers = len(its), points, sum(len(e.mutants) for e in its), sum(1 + len(e.others) for e in its)
+        rows.append(f"| [{title}](tutorial/{path.name}) | " + " | ".join(map(str, numbers)) + " |")
+    wrong, right = sum(len(e.mutants) for e in every.values()), sum(1 + len(e.others) for e in every.values())
+    return "\n".join([*rows, f"| all | {len(every)} | | {wrong} | {right} |"])
+
+
 def filled(text):
-    tables = {"chapters": chapter_table(), "comparison": comparison_table(), "said": said_table(), "results": result_table()}
+    tables = {"labs": labs_table(), "chapters": chapter_table(),
+              "comparison": comparison_table(), "said": said_table(), "results": result_table()}
     for block, table in tables.items():
         text = re.sub(rf"(<!-- {block}:.*?-->\n).*?(<!-- end -->)", lambda m, t=table: f"{m[1]}\n{t}\n\n{m[2]}", text, flags=re.DOTALL)
     return text
