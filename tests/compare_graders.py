@@ -10,6 +10,7 @@ import copy
 import io
 import json
 import logging
+import os
 import sys
 import tempfile
 from pathlib import Path
@@ -70,6 +71,7 @@ def under_nbgrader(folder, cells, seconds=15):
     from nbgrader.api import Gradebook
     from nbgrader.apps import NbGraderAPI
     from traitlets.config import Config
+    os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # nbgrader calls alembic by name
     folder = Path(folder)
     source = copy.deepcopy(SOURCE)
     for c in source["cells"]:
@@ -84,7 +86,7 @@ def under_nbgrader(folder, cells, seconds=15):
     api = NbGraderAPI(config=config)
     api.log_level = logging.CRITICAL
     made = api.generate_assignment("L1")
-    if not made["success"]: raise RuntimeError(made["log"])
+    if not made["success"]: raise RuntimeError(made)
     found = {}
     for name, cell in cells.items():
         handed = folder / "submitted" / name / "L1" / "L1.ipynb"

@@ -1,11 +1,14 @@
 """Shared fixtures: one offline run of all chapters serves every test that looks at a run."""
 
 import os
+import sys
 from pathlib import Path
 
 import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is loaded; on a busy machine two threads can be many times slower than one
+
+os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # nbgrader calls alembic by name
 
 from tunebook.kit.cli import catalogue
 from tunebook.kit.run import Spec, chapters, run_all

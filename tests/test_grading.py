@@ -21,12 +21,13 @@ from tunebook.kit import grading, sandbox
 from tunebook.kit.cli import main
 from tunebook.kit.editions import marks, student
 from tunebook.kit.exercises import differ, examine, find
-from tunebook.kit.grading import Comparer, Course, Submission, answers_of, collect, grade, judge, seed_of, tasks_of
+from tunebook.kit.grading import Comparer, Course, Submission, answers_of, collect, grade, judge, named, seed_of, sources_of, tasks_of
 from tunebook.kit.sandbox import Limits, Sandbox, pack, unpack
 
 SOURCE = json.loads((ROOT / "tutorial" / "solutions" / "L1_attention.ipynb").read_text(encoding="utf-8"))
 HANDED = student(SOURCE)
 TASKS = tasks_of(SOURCE)
+USUAL = sorted(named(sources_of(SOURCE)))
 SMALL = Limits(cpu=3, wall=6, cell=2, call=1, processes=24)
 MARKER = "a remark that is only in the honest submission"
 
@@ -192,7 +193,7 @@ def run(tmp_path_factory, works):
     (folder / "linked").symlink_to(ROOT / "tutorial" / "solutions")
     (folder / "inside").mkdir()
     (folder / "inside" / "L1.ipynb").symlink_to(ROOT / "tutorial" / "solutions" / "L1_attention.ipynb")
-    course = Course(TASKS, out / "grades", limits=SMALL)
+    course = Course(TASKS, out / "grades", limits=SMALL, usual=USUAL)
     results = grade(collect(folder, "L1"), course, workers=2)
     grading._write(results, TASKS, out / "grades.csv", out / "grades")
     listener.setblocking(False)
@@ -275,24 +276,24 @@ def test_the_same_submission_gets_the_same_grade_and_what_is_known_is_taken(run,
     names = ("honest", "untouched", "equal to all", "learned by heart", "out of order")
     some = [s for s in collect(folder, "L1") if s.student in names]
     shutil.copytree(out / "grades", tmp_path, dirs_exist_ok=True)
-    kept = Course(TASKS, tmp_path, limits=SMALL)
+    kept = Course(TASKS, tmp_path, limits=SMALL, usual=USUAL)
     assert all(r["kept"] for r in grade(some, kept, workers=2)) and not kept.places, "nothing was started"
     for name in ("honest", "learned by heart", "out of order"): (tmp_path / f"{name.replace(' ', '%20')}.json").write_text("{")
     changed = Submission("untouched", tmp_path / "changed.ipynb")
     write(tmp_path, "changed.ipynb", with_answers(HANDED, scores="def scores(q, k): return q @ k.mT / q.shape[-1] ** 0.5"))
     told = []
-    again = grade([changed if s.student == "untouched" else s for s in some], Course(TASKS, tmp_path, limits=SMALL), 1, told.append)
+    again = grade([changed if s.student == "untouched" else s for s in some], Course(TASKS, tmp_path, limits=SMALL, usual=USUAL), 1, told.append)
     for r in again:
         if r["student"] == "untouched": assert r["total"] == 2
         elif r["student"] == "equal to all": assert r["kept"]
         else: assert r == results[r["student"]]
-    assert len(told) == len(names) and grade(some[:1], Course(TASKS, tmp_path, "another word", limits=SMALL), 1)[0].get("kept") is None
+    assert len(told) == len(names) and grade(some[:1], Course(TASKS, tmp_path, "another word", limits=SMALL, usual=USUAL), 1)[0].get("kept") is None
 
 
 def test_an_interrupted_run_goes_on(run, tmp_path):
     some = [s for s in collect(run[1], "L1") if s.student in ("honest", "stubborn", "borrowed")]
     def stop(r): raise KeyboardInterrupt
-    with pytest.raises(KeyboardInterrupt): grade(some, Course(TASKS, tmp_path, limits=SMALL), 1, stop)
+    with pytest.raises(KeyboardInterrupt): grade(some, Course(TASKS, tmp_path, limits=SMALL, usual=USUAL), 1, stop)
     kept = list(tmp_path.glob("*.json"))
     assert len(kept) == 1 and json.loads(kept[0].read_text())["total"] == 12
 
