@@ -142,6 +142,11 @@ STUBBORN = with_answers(
                  "def padding_mask(lengths, S): return torch.stack([numbers(S) < n for n in lengths])[:, None]\ndisplay(numbers(3))")
 
 
+def course(pages, *word):
+    """Lab 1, with limits that a test can wait for."""
+    return Course(TASKS, pages, *word, limits=SMALL, usual=USUAL)
+
+
 def write(folder, name, content):
     """A submission; what is no text is a notebook."""
     path = folder / name
@@ -193,8 +198,7 @@ def run(tmp_path_factory, works):
     (folder / "linked").symlink_to(ROOT / "tutorial" / "solutions")
     (folder / "inside").mkdir()
     (folder / "inside" / "L1.ipynb").symlink_to(ROOT / "tutorial" / "solutions" / "L1_attention.ipynb")
-    course = Course(TASKS, out / "grades", limits=SMALL, usual=USUAL)
-    results = grade(collect(folder, "L1"), course, workers=2)
+    results = grade(collect(folder, "L1"), course(out / "grades"), workers=2)
     grading._write(results, TASKS, out / "grades.csv", out / "grades")
     listener.setblocking(False)
     try: called = bool(listener.accept())
@@ -276,24 +280,24 @@ def test_the_same_submission_gets_the_same_grade_and_what_is_known_is_taken(run,
     names = ("honest", "untouched", "equal to all", "learned by heart", "out of order")
     some = [s for s in collect(folder, "L1") if s.student in names]
     shutil.copytree(out / "grades", tmp_path, dirs_exist_ok=True)
-    kept = Course(TASKS, tmp_path, limits=SMALL, usual=USUAL)
+    kept = course(tmp_path)
     assert all(r["kept"] for r in grade(some, kept, workers=2)) and not kept.places, "nothing was started"
     for name in ("honest", "learned by heart", "out of order"): (tmp_path / f"{name.replace(' ', '%20')}.json").write_text("{")
     changed = Submission("untouched", tmp_path / "changed.ipynb")
     write(tmp_path, "changed.ipynb", with_answers(HANDED, scores="def scores(q, k): return q @ k.mT / q.shape[-1] ** 0.5"))
     told = []
-    again = grade([changed if s.student == "untouched" else s for s in some], Course(TASKS, tmp_path, limits=SMALL, usual=USUAL), 1, told.append)
+    again = grade([changed if s.student == "untouched" else s for s in some], course(tmp_path), 1, told.append)
     for r in again:
         if r["student"] == "untouched": assert r["total"] == 2
         elif r["student"] == "equal to all": assert r["kept"]
         else: assert r == results[r["student"]]
-    assert len(told) == len(names) and grade(some[:1], Course(TASKS, tmp_path, "another word", limits=SMALL, usual=USUAL), 1)[0].get("kept") is None
+    assert len(told) == len(names) and grade(some[:1], course(tmp_path, "another word"), 1)[0].get("kept") is None
 
 
 def test_an_interrupted_run_goes_on(run, tmp_path):
     some = [s for s in collect(run[1], "L1") if s.student in ("honest", "stubborn", "borrowed")]
     def stop(r): raise KeyboardInterrupt
-    with pytest.raises(KeyboardInterrupt): grade(some, Course(TASKS, tmp_path, limits=SMALL, usual=USUAL), 1, stop)
+    with pytest.raises(KeyboardInterrupt): grade(some, course(tmp_path), 1, stop)
     kept = list(tmp_path.glob("*.json"))
     assert len(kept) == 1 and json.loads(kept[0].read_text())["total"] == 12
 
