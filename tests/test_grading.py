@@ -491,6 +491,8 @@ def test_the_table_of_both_graders_is_that_of_its_script():
     rows = [[c.strip() for c in line.split("|")[1:-1]] for line in text.strip().splitlines()[2:]]
     assert [r[0] for r in rows] == list(compare_graders.SUBMISSIONS)
     assert [r[2] for r in rows] == ["2"] + ["0"] * (len(rows) - 1)
+    paid = sum(r[1] == "2" for r in rows[1:])
+    assert paid == 7 and "gives full points to seven of them" in (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def test_the_front_loads_no_torch():
