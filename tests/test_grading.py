@@ -384,6 +384,14 @@ def test_without_a_sandbox_the_limits_remain_and_a_warning():
     assert grading._warning(Sandbox()) == ""
 
 
+def test_the_warning_comes_before_the_first_submission_runs(tmp_path):
+    told = []
+    bare = Course(TASKS, tmp_path, limits=Limits(cpu=4, wall=6, cell=1, call=1), rung="limits", warn=told.append)
+    try: bare.take(), bare.take()
+    finally: bare.stop()
+    assert len(told) == 1 and "no sandbox works here" in told[0]
+
+
 def test_a_comparer_that_died_starts_again():
     comparer = Comparer()
     first = comparer.ask({"seed": 1, "tasks": ["L1.softmax"]})

@@ -292,6 +292,12 @@ def _kept(file: Path, key: str) -> dict[str, Any] | None:
     return old if isinstance(old, dict) and old.get("key") == key else None
 
 # %% ../../nbs/kit/19_grading.ipynb #4dc284f3
+def _warning(place: Sandbox) -> str:
+    "What is missing where there is no sandbox."
+    if place.rung != "limits": return ""
+    return ("warning: no sandbox works here, only limits of time, memory, files and processes: a submission can read what you can read, "
+            "the solutions too, and reach the network. Install bubblewrap, or grade in a virtual machine.")
+
 @dataclass
 class Course:
     """How submissions are graded."""
@@ -305,6 +311,7 @@ class Course:
     comparer: Comparer = field(default_factory=Comparer)
     places: list[Sandbox] = field(default_factory=list)
     idle: list[Sandbox] = field(default_factory=list)
+    warn: Callable[[str], None] = lambda text: None  # told before a submission runs, where no sandbox works
     interrupted: bool = False
 
     def take(self) -> Sandbox:
@@ -313,6 +320,7 @@ class Course:
         self.comparer.start()
         self.places.append(place := Sandbox(self.limits, [*self.modules, "tunebook.kit.exercises"], self.rung))
         place.start()
+        if place is self.places[0] and (told := _warning(place)): self.warn(told)
         return place
 
     def stop(self) -> None:
@@ -446,12 +454,6 @@ def _progress(total: int) -> Iterator[Callable[[dict[str, Any]], None]]:
         yield on_done
 
 # %% ../../nbs/kit/19_grading.ipynb #2416d19c
-def _warning(place: Sandbox) -> str:
-    "What is missing where there is no sandbox."
-    if place.rung != "limits": return ""
-    return ("warning: no sandbox works here, only limits of time, memory, files and processes: a submission can read what you can read, "
-            "the solutions too, and reach the network. Install bubblewrap, or grade in a virtual machine.")
-
 def _write(results: list[dict[str, Any]], tasks: Sequence[Task], out: Path, pages: Path) -> None:
     "The table, the pages, and all results."
     for r in results: write_atomic(_file(pages, r["student"], "html"), feedback(r))
@@ -477,9 +479,9 @@ def cmd_grade(
     except (OSError, ValueError, KeyError) as e: raise Problem(str(e)) from None
     limits = Limits(cpu=args.cpu, wall=3 * args.cpu, memory=args.memory << 20)
     course = Course(tasks, pages, args.seed, sorted(named(sources_of(source))), limits, _modules(source))
+    course.warn = lambda text: print(text, file=sys.stderr)
     with _progress(len(submissions)) as on_done: results = grade(submissions, course, args.workers, on_done)
     _write(results, tasks, out, pages)
-    for warning in {_warning(p) for p in course.places} - {""}: print(warning, file=sys.stderr)
     count = [sum(r["status"] == s for r in results) for s in ("graded", "stopped", "no grade")]
     print(f"{count[0]} graded, {count[1]} stopped by a limit or by themselves, {count[2]} without a grade. Table: {out}, pages: {pages}")
     return int(count[2] > 0)
